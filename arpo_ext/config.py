@@ -1,0 +1,247 @@
+"""Configuration: YAML files, dotted overrides, and one error that names the nearest known key.
+
+`load_config("run.yaml", ["rollout.paths=8"])` reads, overrides and checks in that order. Every section is a frozen
+pydantic model; a key that no section knows is an error, because a misspelt key that is silently ignored trains the
+wrong thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from arpo_ext.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    path: Path | None = Field(None, description="Hugging Face model folder (config, weights, tokenizer)")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str = Field("sdpa", description="attn_implementation of transformers")
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(_Section):
+    train: Path | None = Field(None, description="prompts to train on, .parquet or .jsonl")
+    eval: dict[str, Path] = Field(default_factory=dict, description="name -> prompts to evaluate on")
+    limit: PositiveInt | None = Field(None, description="read at most this many prompts of a file")
+    system_prompt: str | None = Field(None, description="put before prompts that have no system message")
+
+
+class PythonToolConfig(_Section):
+    timeout_s: PositiveFloat = 5.0
+    memory_mb: PositiveInt = 512
+    output_chars: PositiveInt = 4000
+    workers: PositiveInt = 2
+    sandbox: Literal["required", "best_effort"] = Field(
+        "required", description="best_effort: run although the kernel lacks a mechanism, and say which"
+    )
+
+
+class SearchToolConfig(_Section):
+    corpus: Path | None = Field(None, description=".jsonl with text (title, id) or .json map query -> text")
+    top_k: PositiveInt = 3
+    snippet_chars: PositiveInt = 1000
+    workers: PositiveInt = 1
+    timeout_s: PositiveFloat = 30.0
+
+
+class ToolsConfig(_Section):
+    python: PythonToolConfig | None = None
+    search: SearchToolConfig | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class EngineConfig(_Section):
+    """The vLLM engine that samples."""
+
+    max_model_len: PositiveInt = 4096
+    max_num_seqs: PositiveInt = 128
+    block_size: PositiveInt | None = Field(None, description="KV block; None: 32 on the CPU, else vLLM's own choice")
+    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    kv_cache_gib: PositiveInt = Field(1, description="KV cache of a CPU engine")
+    threads: PositiveInt | None = Field(None, description="torch threads once the engine is up; None: unchanged")
+
+
+class RolloutConfig(_Section):
+    """M, N, Z, k, alpha, beta and tau of the paper (section 3) under their plain names."""
+
+    paths: PositiveInt = Field(16, description="M: leaves of every tree")
+    initial_paths: PositiveInt = Field(8, description="N: paths started from the prompt")
+    branch_width: PositiveInt = Field(1, description="Z: siblings a positive decision asks for")
+    probe_tokens: PositiveInt = Field(20, description="k: tokens measured after each tool result")
+    policy: Literal["paper", "random", "chain"] = "paper"
+    base: float = Field(0.5, description="alpha; for `random` the branch probability")
+    weight: float = Field(0.2, description="beta")
+    threshold: float = Field(0.5, description="tau")
+    normalizer: Literal["mean_over_log_vocab", "sum_over_vocab"] = "mean_over_log_vocab"
+    baseline: Literal["root", "post_tool"] = "root"
+    temperature: PositiveFloat = 1.0
+    max_tool_calls: int = Field(4, ge=0, description="per path")
+    max_response_tokens: PositiveInt = Field(1024, description="per path, tool results included")
+    entropies: Literal["probe", "all"] = Field("all", description="which sampled tokens keep their entropy in the tree")
+    logit_bias: dict[str, float] = Field(default_factory=dict, description="token text -> bias added before sampling")
+    deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _initial_within_paths(self) -> RolloutConfig:
+        if self.initial_paths > self.paths:
+            raise ValueError(
+                f"initial_paths (N) is {self.initial_paths} and paths (M) is {self.paths}; expected N <= M"
+            )
+        return self
+
+
+class RewardConfig(_Section):
+    accuracy: Literal["math_or_f1", "token_f1", "exact"] = "math_or_f1"
+    rules: Literal["strict", "published"] = "strict"
+
+
+class SftConfig(_Section):
+    data: Path | None = Field(None, description="demonstrations, .jsonl")
+    steps: PositiveInt = 300
+    batch_size: PositiveInt = 32
+    micro_batch_size: PositiveInt = 16
+    lr: PositiveFloat = 3e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    decay_fraction: float = Field(0.3, ge=0, le=1, description="share of the steps over which lr falls linearly to 0")
+    grad_clip: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 2048
+
+
+class TrainConfig(_Section):
+    steps: PositiveInt = 40
+    prompts_per_step: PositiveInt = 16
+    updates_per_step: PositiveInt = Field(1, description="optimiser steps per rollout, over disjoint parts of it")
+    micro_batch_rows: PositiveInt = 16
+    lr: PositiveFloat = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: PositiveFloat = 1.0
+    estimator: Literal["grpo", "dr_grpo", "rloo", "none"] = "grpo"
+    credit: Literal["soft", "hard"] = "soft"
+    loss_scale: Literal["token_mean", "sequence_mean"] = "token_mean"
+    clip_low: float = Field(0.2, ge=0)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    old_logprob: Literal["sampler", "trainer"] = "sampler"
+    importance_cap: PositiveFloat = Field(2.0, description="cap of the weight trainer/sampler probability")
+    save_every: int = Field(0, ge=0, description="0: only at the end")
+    eval_every: int = Field(0, ge=0, description="0: before the first and after the last step")
+    resume: bool = False
+
+
+class EvalConfig(_Section):
+    modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled", "greedy")
+    samples_per_prompt: PositiveInt = 1
+
+
+class TrackingConfig(_Section):
+    tensorboard: bool = True
+    progress: bool = True
+    trees_per_step: int = Field(4, ge=0, description="trees of each step kept in trees.jsonl; all for `rollout`")
+
+
+class Config(_Section):
+    seed: int = Field(0, ge=0)
+    output_dir: Path = Path("runs/run")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tools: ToolsConfig = ToolsConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    sft: SftConfig = SftConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` (None: all defaults), apply `a.b=value` overrides, check. Raises ConfigError.
+
+    An override's value is YAML: `rollout.paths=8`, `eval.modes=[greedy]`, `tools.python={}`.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {path} cannot be read ({error.strerror}); expected a YAML file") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path} holds a {type(values).__name__}; expected a mapping of sections")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r} has a value that is not YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 3e-4 as text; numbers without a dot are common on the command line.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _known_keys(inner, f"{prefix}{name}.")
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence for the first fault pydantic found."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = list(_known_keys(Config))
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+        nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        # The same last word in another section is nearer than a similar word in this one.
+        elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        return f"unknown config key {key!r}; the nearest known key is {(elsewhere or nearest)[0]!r}"
+    if fault["type"] == "value_error":
+        return f"config section {key!r}: {fault['ctx']['error']}"
+    got = fault["input"]
+    return f"config key {key!r} is {got!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
