@@ -1,0 +1,101 @@
+"""The tracker: lines are on disk at once, a rewind forgets exactly what a resumed run writes again."""
+
+import json
+import math
+
+import pytest
+
+from arpo_ext.config import TrackingConfig
+from arpo_ext.data import append_trees
+from arpo_ext.tracking import Tracker
+from arpo_ext.types import RolloutTree, Segment
+
+QUIET = TrackingConfig(tensorboard=False, progress=False)
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
+    with Tracker(tmp_path / "run", QUIET) as tracker:
+        tracker.log(1, "train", {"train/loss": 0.5, "train/ratio_max": math.inf, "train/entropy": math.nan})
+        (row,) = _rows(tmp_path / "run")
+    assert row.pop("time_s") >= 0
+    assert row == {"step": 1, "kind": "train", "train/loss": 0.5, "train/ratio_max": None, "train/entropy": None}
+
+
+def test_unknown_kind_is_refused(tmp_path):
+    with Tracker(tmp_path, QUIET) as tracker, pytest.raises(ValueError, match="expected one of sft, train, eval"):
+        tracker.log(1, "test", {})
+
+
+def test_rewind_keeps_other_kinds_and_earlier_steps(tmp_path):
+    with Tracker(tmp_path, QUIET) as tracker:
+        tracker.log(9, "sft", {"sft/loss": 1.0})
+        for step in (1, 2, 3):
+            tracker.log(step, "train", {"train/loss": float(step)})
+        tracker.log(3, "eval", {"eval/a": 0.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "kind": "tra')
+    tree = RolloutTree("p", "q", ("a",), "chain", 0, (Segment(-1, (1,), sampled=False),))
+    trees = [RolloutTree(**{**_fields(tree), "metadata": {"step": step}}) for step in (1, 2, 3)]
+    append_trees(tmp_path / "trees.jsonl", trees)
+
+    with Tracker(tmp_path, QUIET) as tracker:
+        tracker.rewind(2)
+        tracker.log(3, "train", {"train/loss": 30.0})
+    rows = _rows(tmp_path)
+    assert [(row["kind"], row["step"]) for row in rows] == [("sft", 9), ("train", 1), ("train", 2), ("train", 3)]
+    assert rows[-1]["train/loss"] == 30.0
+    assert rows[-1]["time_s"] >= rows[-2]["time_s"]
+    kept = [json.loads(line)["metadata"]["step"] for line in (tmp_path / "trees.jsonl").read_text().splitlines()]
+    assert kept == [1, 2]
+
+
+def _fields(tree):
+    return {name: getattr(tree, name) for name in tree.__slots__}
+
+
+def test_time_continues_after_a_rewind(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "time_s": 500.0}\n')
+    with Tracker(tmp_path, QUIET) as tracker:
+        tracker.rewind(1)
+        tracker.log(2, "train", {})
+    assert 500.0 <= _rows(tmp_path)[-1]["time_s"] < 600.0
+
+
+def test_tensorboard_events_hold_the_finite_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrackingConfig(tensorboard=True, progress=False)
+    with Tracker(tmp_path, config) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, "train", {"train/loss": step / 2, "train/bad": math.nan})
+    with Tracker(tmp_path, config) as tracker:
+        tracker.rewind(2)
+        tracker.log(3, "train", {"train/loss": 9.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_progress_bar_counts_and_can_be_silent(tmp_path, capsys):
+    with Tracker(tmp_path, QUIET) as tracker, tracker.progress(3, "steps") as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == ""
+    config = TrackingConfig(tensorboard=False, progress=True)
+    with Tracker(tmp_path, config) as tracker, tracker.progress(3, "steps", initial=1, leave=True) as bar:
+        bar.update(2)
+        assert bar.n == 3
+    assert "steps: 100%" in capsys.readouterr().err
+
+
+def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
+    config = TrackingConfig(tensorboard=True, progress=True)
+    with Tracker(tmp_path / "run", config, main=False) as tracker, tracker.progress(3, "steps") as bar:
+        tracker.rewind(0)
+        tracker.log(1, "train", {"a": 1.0})
+        bar.update()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == ""
