@@ -1,0 +1,73 @@
+"""Which implementation of an op serves a call: an ordered table per op, and a refusal in words.
+
+An op lists its implementations fastest first as `{"cpu": Backend(refuse, run), ...}`. `refuse(*args)` returns None if
+`run` can serve these arguments, else one clause that says why not. `backend="auto"` takes the first that does not
+refuse; a named backend that refuses raises `BackendError` with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from arpo_ext.ops import _native
+
+# Every name a caller may pass as `backend`, beside "auto". "cpu" picks the best instruction set of the processor; the
+# longer names ask for one.
+ISA_BACKENDS = {"cpu-avx512": "avx512", "cpu-avx2": "avx2", "cpu-portable": "portable"}
+CPU_BACKENDS = {"cpu": "best", **ISA_BACKENDS}
+
+
+class BackendError(RuntimeError):
+    """The backend asked for by name cannot serve this call, or does not exist."""
+
+
+class Backend(NamedTuple):
+    refuse: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def choose(op: str, table: Mapping[str, Backend], backend: str, *args: Any) -> Backend:
+    """The implementation that serves `args`. Raises BackendError naming every reason."""
+    if backend != "auto":
+        if backend not in table:
+            raise BackendError(f"{op} has no backend {backend!r}; expected auto, {', '.join(table)}")
+        reason = table[backend].refuse(*args)
+        if reason is not None:
+            raise BackendError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
+        return table[backend]
+    reasons = []
+    for name, candidate in table.items():
+        reason = candidate.refuse(*args)
+        if reason is None:
+            return candidate
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
+
+
+def refuse_cpu(tensor: torch.Tensor, isa: str = "best") -> str | None:
+    """Reason why CPU kernels cannot read `tensor`: no native module, other device, other dtype."""
+    reason = _native.cpu_missing(isa)
+    if reason is None and tensor.device.type != "cpu":
+        reason = f"needs a CPU tensor, got one on {tensor.device}"
+    if reason is None and tensor.dtype not in _native.DTYPE_CODES:
+        reason = f"needs float32, bfloat16 or float16, got {tensor.dtype}"
+    return reason
+
+
+def refuse_cuda(tensor: torch.Tensor) -> str | None:
+    """Reason why CUDA kernels cannot read `tensor`: other device, no native module, no driver, other dtype."""
+    if tensor.device.type != "cuda":
+        return f"needs a CUDA tensor, got one on {tensor.device}"
+    reason = _native.cuda_missing()
+    if reason is None and tensor.dtype not in _native.DTYPE_CODES:
+        reason = f"needs float32, bfloat16 or float16, got {tensor.dtype}"
+    return reason
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend name -> None if this machine can run it, else the reason. `reference` is plain torch and always runs."""
+    found = {name: _native.cpu_missing(isa) for name, isa in CPU_BACKENDS.items()}
+    return {**found, "cuda": _native.cuda_missing(), "reference": None}
