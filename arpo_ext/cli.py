@@ -1,0 +1,272 @@
+"""Command line: `arpo-ext info | sft | train | rollout | eval | bench | report`.
+
+Every command that runs something takes `--config run.yaml` and dotted overrides, checks all inputs and starts all
+tools before it writes anything, and answers a caller's mistake with one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from arpo_ext import __version__
+from arpo_ext.config import Config, dump_config, load_config
+from arpo_ext.errors import ArpoError, ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from arpo_ext.render import Renderer
+    from arpo_ext.rollout.sampler import Sampler
+    from arpo_ext.tools import ToolPool
+    from arpo_ext.tracking import Tracker
+    from arpo_ext.types import Prompt, RolloutTree
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process exit code is returned (0, or 2 for a caller's mistake)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except ArpoError as error:
+        print(f"arpo-ext {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="arpo-ext", description="Agentic Reinforced Policy Optimization.")
+    parser.add_argument("--version", action="version", version=f"arpo-ext {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    info = commands.add_parser("info", help="what works on this machine, and why the rest does not")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(command=_info)
+    for name, command, text in (
+        ("sft", _sft, "train on demonstrations (sft.data), tool results masked"),
+        ("train", _train, "reinforcement learning on data.train"),
+        ("rollout", _rollout, "sample one tree per prompt of data.train into trees.jsonl"),
+        ("eval", _eval, "accuracy, reward and tool calls on every set of data.eval"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--config", help="YAML file; what it leaves out has the default")
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        sub.set_defaults(command=command)
+    commands.add_parser("bench", help="time every op against its peers and the machine's limit", add_help=False)
+    report = commands.add_parser("report", help="write report.html from a run folder and print its table")
+    report.add_argument("run", help="run folder")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from arpo_ext.ops import describe
+
+    description = {"arpo_ext": __version__, **describe()}
+    if arguments.json:
+        print(json.dumps(description))
+        return 0
+    for name, value in description.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, entry in value.items():
+                print(f"  {key:<14} {entry}")
+        else:
+            print(f"{name}: {value}")
+    return 0
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    from arpo_ext.data import read_demos
+    from arpo_ext.model import load_model, load_tokenizer
+    from arpo_ext.training.sft import sft
+
+    config = load_config(arguments.config, arguments.overrides)
+    demos = read_demos(_required(config.sft.data, "sft.data", "a .jsonl file of demonstrations"))
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+    with _run_folder(config) as tracker:
+        sft(config, model=model, tokenizer=tokenizer, demos=demos, tracker=tracker)
+    print(f"model: {config.output_dir / 'model'}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from arpo_ext.model import load_model
+    from arpo_ext.training import loop
+
+    config = load_config(arguments.config, arguments.overrides)
+    prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
+    model = load_model(config.model)
+    with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
+        loop.train(
+            config,
+            model=model,
+            tokenizer=renderer.tokenizer,
+            prompts=prompts,
+            collect=_collector(config, sampler, tools, renderer, tracker),
+            score=_scorer(config),
+            push=_pusher(sampler),
+            evaluate=_evaluator(config, sampler, tools, renderer),
+            tracker=tracker,
+        )
+    return _print_report(config.output_dir)
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from arpo_ext.data import append_trees
+
+    config = load_config(arguments.config, arguments.overrides)
+    prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
+    with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
+        collected = _collector(config, sampler, tools, renderer, tracker)(prompts, 0)
+        trees = _scorer(config)(collected.trees)
+        append_trees(config.output_dir / "trees.jsonl", trees)
+        rewards = [leaf.reward for tree in trees for leaf in tree.leaves]
+        tracker.log(0, "rollout", {**collected.metrics, "reward/mean": sum(rewards) / len(rewards)})
+    for name, value in sorted(collected.metrics.items()):
+        print(f"{name:<32} {value:.6g}")
+    print(f"trees: {config.output_dir / 'trees.jsonl'}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if not config.data.eval:
+        raise ConfigError("data.eval is empty; expected name: path pairs of prompt files")
+    with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
+        metrics = _evaluator(config, sampler, tools, renderer)(0)
+        tracker.log(0, "eval", metrics)
+    for name, value in metrics.items():
+        print(f"{name:<48} {value:.4f}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    return _print_report(arguments.run)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    try:
+        from arpo_ext.benchmarks import main as bench
+    except ModuleNotFoundError:
+        # In a checkout the benchmarks lie beside the package, not in it.
+        from benchmarks import main as bench
+
+    return bench(argv)
+
+
+def _print_report(run: str | Path) -> int:
+    from arpo_ext.evaluation.report import final_table, write_report
+
+    path = write_report(run)
+    print(final_table(run))
+    print(f"report: {path}")
+    return 0
+
+
+def _required(path: Path | None, key: str, expected: str) -> Path:
+    if path is None:
+        raise ConfigError(f"{key} is not set; expected {expected}")
+    return path
+
+
+def _read_prompts(config: Config, path: Path) -> list[Prompt]:
+    from arpo_ext.data import read_prompts
+
+    return read_prompts(path, limit=config.data.limit, system_prompt=config.data.system_prompt)
+
+
+@contextmanager
+def _run_folder(config: Config) -> Iterator[Tracker]:
+    """Create the run folder, or continue it when train.resume is set."""
+    from arpo_ext.tracking import Tracker
+
+    folder = config.output_dir
+    if (folder / "metrics.jsonl").exists() and not config.train.resume:
+        raise ConfigError(f"output_dir {folder} holds a run already; expected a new folder or train.resume=true")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with Tracker(folder, config.tracking) as tracker:
+        yield tracker
+
+
+@contextmanager
+def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
+    """Start the tools, then the sampler: a tool that cannot start costs no engine start."""
+    from arpo_ext.model import load_tokenizer, model_folder
+    from arpo_ext.render import Renderer
+    from arpo_ext.tools import ToolPool, build_tools
+
+    folder = model_folder(config.model)
+    renderer = Renderer(load_tokenizer(config.model), config.tools.names)
+    with ToolPool(build_tools(config.tools)) as tools:
+        from arpo_ext.rollout.vllm_sampler import VllmSampler
+
+        yield VllmSampler(folder, config.engine, config.rollout, renderer, config.seed), tools, renderer
+
+
+def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Renderer, tracker: Tracker) -> Any:
+    from arpo_ext.rollout.collect import collect
+
+    def run(prompts: Sequence[Prompt], step: int) -> Any:
+        with tracker.progress(len(prompts) * config.rollout.paths, "rollouts") as progress:
+            collected = collect(
+                prompts,
+                sampler=sampler,
+                tools=tools,
+                renderer=renderer,
+                config=config.rollout,
+                # Each step draws anew; the multiplier keeps the streams of neighbouring seeds apart.
+                seed=config.seed * 1_000_003 + step,
+                progress=progress.update,
+            )
+        trees = [dataclasses.replace(tree, metadata={**tree.metadata, "step": step}) for tree in collected.trees]
+        return dataclasses.replace(collected, trees=trees)
+
+    return run
+
+
+def _scorer(config: Config) -> Any:
+    from arpo_ext.rewards import score_tree
+
+    def score(trees: Sequence[RolloutTree]) -> list[RolloutTree]:
+        return [score_tree(tree, config.reward) for tree in trees]
+
+    return score
+
+
+def _pusher(sampler: Sampler) -> Any:
+    import time
+
+    from arpo_ext.training.weights import named_weights
+
+    def push(model: Any) -> float:
+        start = time.perf_counter()
+        sampler.push_weights(named_weights(model))
+        return time.perf_counter() - start
+
+    return push
+
+
+def _evaluator(config: Config, sampler: Sampler, tools: ToolPool, renderer: Renderer) -> Any:
+    from arpo_ext.evaluation.metrics import evaluate
+
+    sets = {name: _read_prompts(config, path) for name, path in config.data.eval.items()}
+
+    def run(step: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, prompts in sets.items():
+            for mode in config.eval.modes:
+                result = evaluate(
+                    prompts, sampler=sampler, tools=tools, renderer=renderer, config=config, mode=mode, seed=config.seed
+                )
+                metrics |= result.as_metrics(f"eval/{name}/{mode}")
+        return metrics
+
+    return run

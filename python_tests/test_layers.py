@@ -1,0 +1,146 @@
+"""The architecture as tests: who may import what, and one word per op in every layer."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "arpo_ext"
+
+DATA = {"types", "errors", "config"}
+ABOVE = DATA | {"render", "data", "model", "tracking"}
+
+# folder or module -> (ours it may import, third party it may import)
+LAYERS = {
+    "types": (set(), set()),
+    "errors": (set(), set()),
+    "config": (DATA, {"yaml", "pydantic"}),
+    "ops": ({"ops", "types"}, {"torch", "numpy"}),
+    "render": (DATA, {"transformers"}),
+    "data": (DATA, {"pyarrow"}),
+    "model": (DATA, {"transformers", "torch"}),
+    "tracking": (DATA, {"torch", "tqdm", "yaml"}),
+    "tools": (DATA | {"tools"}, set()),
+    "rewards": (DATA | {"rewards"}, set()),
+    "rollout": (DATA | {"render", "data", "ops", "tools", "rollout"}, {"torch", "transformers", "numpy"}),
+    "training": (ABOVE | {"ops", "training"}, {"torch", "transformers", "accelerate", "numpy", "safetensors"}),
+    "evaluation": (ABOVE | {"ops", "tools", "rewards", "rollout", "evaluation"}, {"torch", "transformers"}),
+    "cli": ({"*"}, {"*"}),
+    "__init__": (set(), set()),
+    "__main__": ({"cli"}, set()),
+}
+
+# The library a single file may import where its layer may not.
+EXTRAS = {
+    "ops/logprob_entropy_triton.py": {"triton"},
+    "tools/search.py": {"bm25s", "Stemmer", "numpy"},
+    "rewards/math_equal.py": {"math_verify", "sympy"},
+    "rollout/vllm_entropy.py": {"vllm"},
+    "rollout/vllm_sampler.py": {"vllm"},
+    "evaluation/report.py": {"jinja2", "markupsafe"},
+    "evaluation/report_data.py": {"yaml"},
+}
+
+
+def python_files() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "benchmarks" not in p.relative_to(PACKAGE).parts)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of everything the file imports; blocks under TYPE_CHECKING never run and do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    never_run = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in never_run:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["arpo_ext", *path.relative_to(PACKAGE).parts[:-1]]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module.startswith("arpo_ext") else {module}
+    return names
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_stay_in_their_layer(path):
+    relative = path.relative_to(PACKAGE)
+    layer = relative.parts[0].removesuffix(".py")
+    assert layer in LAYERS, f"{relative} belongs to no layer; add it to LAYERS"
+    ours, third_party = LAYERS[layer]
+    third_party = third_party | EXTRAS.get(relative.as_posix(), set())
+    for name in imported_modules(path):
+        top, _, rest = name.partition(".")
+        if top == "arpo_ext":
+            part = rest.partition(".")[0]
+            assert part in ours or "*" in ours or part == "__version__", f"{relative} imports {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in third_party or "*" in third_party, f"{relative} imports {name}"
+
+
+def test_only_one_file_imports_the_native_module():
+    importers = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in python_files()
+        if any(name.split(".")[:2] == ["arpo_ext", "_C"] for name in imported_modules(path))
+    ]
+    assert importers == ["ops/_native.py"]
+
+
+def test_native_code_never_includes_torch_and_pybind_stays_in_bindings():
+    for path in sorted((ROOT / "csrc").iterdir()):
+        text = path.read_text(encoding="utf-8")
+        assert "torch/" not in text, f"{path.name} includes torch"
+        assert "ATen/" not in text, f"{path.name} includes torch"
+        if path.name != "bindings.cpp":
+            assert "pybind11/" not in text, f"{path.name} includes pybind11; only bindings.cpp may"
+
+
+def ops() -> list[str]:
+    suffixes = ("_reference", "_triton")
+    return sorted(
+        path.stem
+        for path in (PACKAGE / "ops").glob("*.py")
+        if not path.stem.startswith("_") and not path.stem.endswith(suffixes)
+    )
+
+
+# policy_loss has no CUDA source yet: on the GPU its reference runs.
+WITHOUT_CUDA = {"policy_loss"}
+
+
+@pytest.mark.parametrize("op", ops())
+def test_an_op_has_its_file_in_every_layer(op):
+    expected = [
+        f"csrc/{op}.h",
+        f"csrc/{op}_cpu.cpp",
+        f"arpo_ext/ops/{op}.py",
+        f"arpo_ext/ops/{op}_reference.py",
+        f"python_tests/test_{op}.py",
+        f"benchmarks/bench_{op}.py",
+    ]
+    if op not in WITHOUT_CUDA:
+        expected.append(f"csrc/{op}_cuda.cu")
+    assert not [name for name in expected if not (ROOT / name).is_file()]
+
+
+def test_every_native_source_belongs_to_an_op_or_the_skeleton():
+    skeleton = {"bindings.cpp", "check.h", "dtype.h", "vec.h", "cuda_utils.cuh"}
+    known = {f"{op}{suffix}" for op in ops() for suffix in (".h", "_cpu.cpp", "_cuda.cu")}
+    assert not {path.name for path in (ROOT / "csrc").iterdir()} - skeleton - known
+
+
+def test_the_oracle_shares_no_code_with_what_it_checks():
+    for path in (PACKAGE / "ops").glob("*_reference.py"):
+        ours = {name for name in imported_modules(path) if name.startswith("arpo_ext")}
+        assert all(name.startswith("arpo_ext.types") for name in ours), f"{path.name} imports {ours}"
