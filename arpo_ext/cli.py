@@ -102,6 +102,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
+    sets = _eval_sets(config)
     model = load_model(config.model)
     with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
         loop.train(
@@ -112,7 +113,7 @@ def _train(arguments: argparse.Namespace) -> int:
             collect=_collector(config, sampler, tools, renderer, tracker),
             score=_scorer(config),
             push=_pusher(sampler),
-            evaluate=_evaluator(config, sampler, tools, renderer),
+            evaluate=_evaluator(config, sets, sampler, tools, renderer),
             tracker=tracker,
         )
     return _print_report(config.output_dir)
@@ -139,8 +140,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if not config.data.eval:
         raise ConfigError("data.eval is empty; expected name: path pairs of prompt files")
+    sets = _eval_sets(config)
     with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
-        metrics = _evaluator(config, sampler, tools, renderer)(0)
+        metrics = _evaluator(config, sets, sampler, tools, renderer)(0)
         tracker.log(0, "eval", metrics)
     for name, value in metrics.items():
         print(f"{name:<48} {value:.4f}")
@@ -254,10 +256,14 @@ def _pusher(sampler: Sampler) -> Any:
     return push
 
 
-def _evaluator(config: Config, sampler: Sampler, tools: ToolPool, renderer: Renderer) -> Any:
-    from arpo_ext.evaluation.metrics import evaluate
+def _eval_sets(config: Config) -> dict[str, list[Prompt]]:
+    return {name: _read_prompts(config, path) for name, path in config.data.eval.items()}
 
-    sets = {name: _read_prompts(config, path) for name, path in config.data.eval.items()}
+
+def _evaluator(
+    config: Config, sets: dict[str, list[Prompt]], sampler: Sampler, tools: ToolPool, renderer: Renderer
+) -> Any:
+    from arpo_ext.evaluation.metrics import evaluate
 
     def run(step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}
