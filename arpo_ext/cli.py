@@ -87,7 +87,7 @@ def _sft(arguments: argparse.Namespace) -> int:
     from arpo_ext.model import load_model, load_tokenizer
     from arpo_ext.training.sft import sft
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _run_config(arguments)
     demos = read_demos(_required(config.sft.data, "sft.data", "a .jsonl file of demonstrations"))
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     with _run_folder(config) as tracker:
@@ -100,7 +100,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from arpo_ext.model import load_model
     from arpo_ext.training import loop
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _run_config(arguments)
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     sets = _eval_sets(config)
     model = load_model(config.model)
@@ -122,7 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _rollout(arguments: argparse.Namespace) -> int:
     from arpo_ext.data import append_trees
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = _run_config(arguments)
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
         collected = _collector(config, sampler, tools, renderer, tracker)(prompts, 0)
@@ -137,7 +137,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = _run_config(arguments)
     if not config.data.eval:
         raise ConfigError("data.eval is empty; expected name: path pairs of prompt files")
     sets = _eval_sets(config)
@@ -172,6 +172,16 @@ def _print_report(run: str | Path) -> int:
     return 0
 
 
+def _run_config(arguments: argparse.Namespace) -> Config:
+    """The configuration of a command that writes a run folder, checked before anything starts."""
+    config = load_config(arguments.config, arguments.overrides)
+    if (config.output_dir / "metrics.jsonl").exists() and not config.train.resume:
+        raise ConfigError(
+            f"output_dir {config.output_dir} holds a run already; expected a new folder or train.resume=true"
+        )
+    return config
+
+
 def _required(path: Path | None, key: str, expected: str) -> Path:
     if path is None:
         raise ConfigError(f"{key} is not set; expected {expected}")
@@ -190,8 +200,6 @@ def _run_folder(config: Config) -> Iterator[Tracker]:
     from arpo_ext.tracking import Tracker
 
     folder = config.output_dir
-    if (folder / "metrics.jsonl").exists() and not config.train.resume:
-        raise ConfigError(f"output_dir {folder} holds a run already; expected a new folder or train.resume=true")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     with Tracker(folder, config.tracking) as tracker:
