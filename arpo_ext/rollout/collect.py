@@ -1,0 +1,257 @@
+"""Collect rollout trees: sample, run tools, fork where the policy says so, until every prompt has its M leaves.
+
+Paths advance one by one, never in rounds: while one waits for its tool, all others decode. Left out here: how tokens
+are drawn (`sampler`), the branch rule (`branching`), texts and tags (`render`), rewards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from arpo_ext.config import RolloutConfig
+from arpo_ext.errors import DataError
+from arpo_ext.render import Renderer
+from arpo_ext.rollout.branching import Brancher, Window, draw_seed
+from arpo_ext.rollout.paths import Budget, OpenPath
+from arpo_ext.rollout.sampler import Completion, Probe, Sampler, SampleRequest
+from arpo_ext.rollout.tree import GrowingTree
+from arpo_ext.types import Prompt, RolloutTree, Segment, StopReason, ToolCall, ToolResult
+
+if TYPE_CHECKING:
+    from arpo_ext.tools import ToolPool
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One tree a prompt, in the order of the prompts, and the metrics of the call (names start with `rollout/`)."""
+
+    trees: list[RolloutTree]
+    metrics: dict[str, float]
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    *,
+    sampler: Sampler,
+    tools: ToolPool,
+    renderer: Renderer,
+    config: RolloutConfig,
+    seed: int,
+    greedy: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Collected:
+    """Exactly `config.paths` leaves for every prompt (ARPO section 3; semantics in DESIGN section 5).
+
+    sampler: has no open requests. tools: started. seed: of every draw and branch decision; with
+    `config.deterministic` and tools that answer alike, the same seed gives the same trees. progress: called with the
+    number of paths that just ended, for instance `tqdm.update`. DataError if a prompt leaves no room to answer,
+    before anything is sampled. What a tool or the model does wrong becomes part of a tree, never an exception.
+    """
+    run = _Run(sampler, tools, renderer, config, seed, greedy, progress or (lambda ended: None))
+    run.plant(prompts)
+    if config.deterministic:
+        sampler.reset_prefix_cache()
+    try:
+        run.start_paths()
+        while run.is_open:
+            run.take_results()
+            if sampler.num_unfinished:
+                events = run.step()
+                run.branch(events)
+                for event in events:
+                    if isinstance(event, Completion):
+                        run.end_turn(event)
+                run.start_paths()
+    finally:
+        run.abort()
+    trees = [tree.freeze(policy=config.policy, seed=seed) for tree in run.trees]
+    return Collected(trees, run.metrics(trees))
+
+
+class _Run:
+    """The state of one collect call."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tools: ToolPool,
+        renderer: Renderer,
+        config: RolloutConfig,
+        seed: int,
+        greedy: bool,
+        progress: Callable[[int], object],
+    ) -> None:
+        self.sampler, self.tools, self.renderer, self.config = sampler, tools, renderer, config
+        self.seed, self.greedy, self.progress = seed, greedy, progress
+        self.budget = Budget(config, renderer, sampler.max_model_len)
+        self.brancher = Brancher(config, sampler.vocab_size, seed)
+        self.trees: list[GrowingTree] = []
+        self.sampling: dict[int, OpenPath] = {}
+        self.waiting: list[tuple[Future[ToolResult], OpenPath]] = []
+        self.requests = 0
+        self.fresh = 0
+        self.ran = 0
+        self.began = time.perf_counter()
+        self.decode_s = 0.0
+        self.tool_wait_s = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.sampling or self.waiting)
+
+    def plant(self, prompts: Sequence[Prompt]) -> None:
+        """A tree with a root for every prompt; DataError for one that cannot be answered."""
+        for prompt in prompts:
+            tokens = tuple(self.renderer.prompt_tokens(prompt))
+            if len(tokens) >= self.sampler.max_model_len:
+                raise DataError(
+                    f"prompt {prompt.id!r} has {len(tokens)} tokens; expected fewer than engine.max_model_len "
+                    f"({self.sampler.max_model_len}), so that there is room for an answer"
+                )
+            root = Segment(parent=-1, tokens=tokens, sampled=False, text=self.renderer.decode(tokens))
+            self.trees.append(GrowingTree(prompt, [root]))
+
+    def start_paths(self) -> None:
+        """Start what is missing of every tree that has no open path: the initial paths, or all the rest at once."""
+        for index, tree in enumerate(self.trees):
+            if tree.open or tree.started == self.config.paths:
+                continue
+            total = self.config.initial_paths if not tree.started else self.config.paths
+            if self.config.policy == "chain":
+                # Nothing ever forks, so nothing is gained by holding paths back.
+                total = self.config.paths
+            elif tree.started:
+                self.fresh += total - tree.started
+            for ordinal in range(tree.started, total):
+                tree.started += 1
+                self.sample(OpenPath(index, (ordinal,), tip=0, tokens=tree.segments[0].tokens))
+
+    def sample(self, path: OpenPath) -> None:
+        self.sampling[self.requests] = path
+        self.sampler.submit(
+            SampleRequest(
+                id=self.requests,
+                tokens=path.tokens,
+                max_tokens=self.budget.tokens_left(path),
+                probe_tokens=self.config.probe_tokens,
+                seed=draw_seed(self.seed, path.tree, path.key, path.turn),
+                greedy=self.greedy,
+            )
+        )
+        self.requests += 1
+
+    def step(self) -> list[Probe | Completion]:
+        """Events of one engine step, in the order of the requests."""
+        started = time.perf_counter()
+        events = sorted(self.sampler.step(), key=lambda event: event.id)
+        self.decode_s += time.perf_counter() - started
+        return events
+
+    def branch(self, events: Iterable[Probe | Completion]) -> None:
+        """Note the windows that are complete, decide all of them together, start the siblings."""
+        asking: list[tuple[OpenPath, Window]] = []
+        for event in events:
+            path = self.sampling[event.id]
+            if path.probe_entropy is not None:
+                continue
+            window = event.entropies[: self.config.probe_tokens]
+            entropy = self.brancher.normalize(window)
+            path.probe_entropy = sum(window) / len(window)
+            if path.root is None:
+                path.root = entropy
+            elif not path.asked:
+                asking.append((path, Window(path.tree, path.key, path.turn, entropy, path.root)))
+        asking.sort(key=lambda pair: (pair[1].tree, pair[1].key))
+        room = [self.config.paths - tree.started for tree in self.trees]
+        for (path, _), branch in zip(asking, self.brancher.decide([window for _, window in asking], room), strict=True):
+            path.asked, path.branch = True, branch
+            for ordinal in range(branch.children if branch else 0):
+                self.trees[path.tree].started += 1
+                self.sample(path.sibling(ordinal))
+
+    def end_turn(self, completion: Completion) -> None:
+        """Add what was sampled; hand a call to its tool, or end the path."""
+        path = self.sampling.pop(completion.id)
+        keep = len(completion.tokens) if self.config.entropies == "all" else self.config.probe_tokens
+        segment = Segment(
+            parent=path.tip,
+            tokens=completion.tokens,
+            sampled=True,
+            text=self.renderer.answer_text(completion.tokens),
+            logprobs=completion.logprobs,
+            entropies=completion.entropies[:keep],
+            stop_reason=completion.stop_reason,
+            probe_entropy=path.probe_entropy,
+            branch=path.branch,
+        )
+        path.advance(self.trees[path.tree].add(segment), completion.tokens)
+        path.probe_entropy = path.branch = None
+        reason = completion.stop_reason
+        if reason is StopReason.TOOL:
+            path.calls += 1
+            answer = self.budget.answer_call(path, completion.tokens)
+            if isinstance(answer, ToolCall):
+                self.ran += 1
+                self.waiting.append((self.tools.submit(answer), path))
+                return
+            if isinstance(answer, ToolResult):
+                self.add_result(path, answer)
+                return
+            reason = answer
+        self.trees[path.tree].end(path.tip, reason)
+        self.progress(1)
+
+    def take_results(self) -> None:
+        """Hand results to their paths: all, in the order of the calls, if deterministic; else those that are there.
+
+        Waits for a tool only if that order asks for it or nothing is left to decode.
+        """
+        if not self.waiting:
+            return
+        started = time.perf_counter()
+        if not self.config.deterministic and not self.sampling:
+            wait({future for future, _ in self.waiting}, return_when=FIRST_COMPLETED)
+        due, later = [], []
+        for future, path in self.waiting:
+            (due if self.config.deterministic or future.done() else later).append((future, path))
+        results = [(path, future.result()) for future, path in due]
+        self.tool_wait_s += time.perf_counter() - started
+        self.waiting = later
+        for path, result in results:
+            self.add_result(path, result)
+
+    def add_result(self, path: OpenPath, result: ToolResult) -> None:
+        """Hang a tool result from its call and sample on from it."""
+        tokens = tuple(self.renderer.result_tokens(result.text, self.budget.result_limit(path)))
+        text = self.renderer.decode(tokens)
+        segment = Segment(parent=path.tip, tokens=tokens, sampled=False, text=text, tool=replace(result, text=text))
+        path.advance(self.trees[path.tree].add(segment), tokens)
+        path.turn += 1
+        path.asked = False
+        self.sample(path)
+
+    def abort(self) -> None:
+        """Leave no open request behind, so that the sampler can be used again after an error."""
+        for request in self.sampling:
+            self.sampler.abort(request)
+
+    def metrics(self, trees: Sequence[RolloutTree]) -> dict[str, float]:
+        """Work of the call. A shared prefix or tool call counts once, but for each path in `tool_calls_per_path`."""
+        leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+        results = sum(s.tool is not None for tree, leaf in leaves for s in tree.response_segments(leaf))
+        counts = [tree.counts for tree in trees]
+        return {
+            "rollout/tool_calls": float(self.ran),
+            "rollout/tool_calls_refused": float(sum(c["tool_calls"] for c in counts) - self.ran),
+            "rollout/tool_calls_per_path": results / max(1, len(leaves)),
+            "rollout/sampled_tokens": float(sum(c["sampled_tokens"] for c in counts)),
+            "rollout/forks": float(sum(c["forks"] for c in counts)),
+            "rollout/fresh_paths": float(self.fresh),
+            "rollout/seconds": time.perf_counter() - self.began,
+            "rollout/decode_seconds": self.decode_s,
+            "rollout/tool_wait_seconds": self.tool_wait_s,
+        }

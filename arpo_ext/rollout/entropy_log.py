@@ -1,0 +1,49 @@
+"""Entropies of sampled tokens, kept on the device where the logits are.
+
+One preallocated float32 buffer, a row per request, a column per output position. Writing overwrites: the engine runs
+prompts in chunks, and each chunk produces logits at output position 0 that are thrown away but for the last. Nothing
+is read back until a request is due, so no token waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from arpo_ext import ops
+
+
+class EntropyLog:
+    """Buffer [rows + 1, columns]; the extra row takes what nobody asked for.
+
+    rows: requests that can be open at once. columns: output positions recorded at most.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.rows = rows
+        self.columns = columns
+        self._buffer = torch.full((rows + 1, columns), float("nan"), dtype=torch.float32, device=device)
+        self._flat = self._buffer.view(-1)
+        self.discard = rows * columns
+
+    def cell(self, row: int, column: int) -> int:
+        """Where `record` puts the entropy of output token `column` of request `row`."""
+        return row * self.columns + column
+
+    @torch.no_grad()
+    def record(self, logits: torch.Tensor, cells: torch.Tensor, temperature: float | torch.Tensor) -> None:
+        """Store the entropies of softmax(logits / temperature).
+
+        logits: [B, V], -inf where a token is not allowed. cells: [B] int64 on the same device. temperature: a number
+        or [B] float32 on the same device.
+        """
+        self._flat[cells] = ops.entropy(logits, temperature=temperature)
+
+    def read(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
+        """The first counts[i] entropies of each rows[i]: one copy to the host for all of them."""
+        if not rows:
+            return []
+        width = max(counts)
+        values = self._buffer[torch.tensor(rows, device=self._buffer.device), :width].tolist()
+        return [row[:count] for row, count in zip(values, counts, strict=True)]

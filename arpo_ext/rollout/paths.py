@@ -1,0 +1,84 @@
+"""One path while it is open, and what its token budget still allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from arpo_ext.config import RolloutConfig
+from arpo_ext.render import Renderer
+from arpo_ext.rollout.branching import path_key
+from arpo_ext.types import Branch, StopReason, ToolCall, ToolResult
+
+
+@dataclass
+class OpenPath:
+    """A path between two of its events.
+
+    tree: position of its prompt. lineage: see `branching.path_key`. tip: segment that the next one hangs from.
+    tokens: everything the model saw so far; used: how many of them follow the prompt. calls: tool calls it wrote.
+    turn: tool results it read. root: normalised entropy of its first window, a branch has that of the path it left.
+    asked: the branch decision of the running window is taken or not wanted. probe_entropy, branch: of that window.
+    """
+
+    tree: int
+    lineage: tuple[int, ...]
+    tip: int
+    tokens: tuple[int, ...]
+    used: int = 0
+    calls: int = 0
+    turn: int = 0
+    root: float | None = None
+    asked: bool = False
+    probe_entropy: float | None = None
+    branch: Branch | None = None
+
+    @property
+    def key(self) -> int:
+        return path_key(self.lineage)
+
+    def sibling(self, ordinal: int) -> OpenPath:
+        """A path that samples again from this one's tip. One decision serves a tool result: it does not ask again."""
+        return replace(self, lineage=(*self.lineage, self.turn, ordinal), asked=True, probe_entropy=None, branch=None)
+
+    def advance(self, segment: int, tokens: Sequence[int]) -> None:
+        self.tip = segment
+        self.tokens = (*self.tokens, *tokens)
+        self.used += len(tokens)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a path may still add. max_model_len: longest sequence the engine takes."""
+
+    config: RolloutConfig
+    renderer: Renderer
+    max_model_len: int
+
+    def tokens_left(self, path: OpenPath) -> int:
+        return min(self.config.max_response_tokens - path.used, self.max_model_len - len(path.tokens))
+
+    def result_limit(self, path: OpenPath) -> int | None:
+        """Tokens a tool result may take so that a quarter of what is left stays for the answer; None if too few."""
+        left = self.tokens_left(path)
+        limit = left - max(1, left // 4)
+        return limit if limit > self.renderer.result_overhead else None
+
+    def answer_call(self, path: OpenPath, tokens: Sequence[int]) -> ToolCall | ToolResult | StopReason:
+        """What follows a segment that ended on a closing tool tag and is counted in `path.calls`.
+
+        A call to run; or a result that says why none is run; or the end of the path: no room for a result and an
+        answer, or a further call after the message that the limit is reached.
+        """
+        limit = self.config.max_tool_calls
+        if path.calls > limit + 1:
+            return StopReason.TOOL
+        if self.result_limit(path) is None:
+            return StopReason.LENGTH
+        name = self.renderer.closing_name(tokens)
+        if path.calls > limit:
+            return ToolResult(name, f"not run: the limit of {limit} tool calls is reached, answer now", ok=False)
+        call = self.renderer.parse_call(tokens)
+        if call is None:
+            return ToolResult(name, f"malformed call: expected <{name}> text </{name}>", ok=False)
+        return call

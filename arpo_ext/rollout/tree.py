@@ -1,0 +1,189 @@
+"""Operations on rollout trees: grow, split, check, read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from arpo_ext.errors import DataError
+from arpo_ext.types import Leaf, Prompt, RolloutTree, Segment, StopReason
+
+
+@dataclass
+class GrowingTree:
+    """A tree while it is collected.
+
+    started: paths that began (initial, forked and fresh); each ends in exactly one leaf.
+    """
+
+    prompt: Prompt
+    segments: list[Segment]
+    leaves: list[Leaf] = field(default_factory=list)
+    started: int = 0
+
+    @property
+    def open(self) -> int:
+        return self.started - len(self.leaves)
+
+    def add(self, segment: Segment) -> int:
+        """Append a segment; its index."""
+        self.segments.append(segment)
+        return len(self.segments) - 1
+
+    def end(self, segment: int, reason: StopReason) -> None:
+        self.leaves.append(Leaf(segment, reason))
+
+    def freeze(self, *, policy: str, seed: int) -> RolloutTree:
+        return RolloutTree(
+            prompt_id=self.prompt.id,
+            prompt=self.segments[0].text,
+            answers=self.prompt.answers,
+            policy=policy,
+            seed=seed,
+            segments=tuple(self.segments),
+            leaves=tuple(self.leaves),
+        )
+
+
+def split(tree: RolloutTree, segment: int, at: int, decode: Callable[[Sequence[int]], str]) -> RolloutTree:
+    """Cut sampled segment `segment` before its token `at`, so that new children can hang from its first `at` tokens.
+
+    The head keeps its index, the tail becomes segment + 1 and takes over the children and the leaf of the segment;
+    segments behind it move up by one, because a parent always precedes its children. Every leaf's path keeps its
+    tokens. Probe and branch decision belong to the window at the start, so they stay with the head; the stop reason
+    goes with the tail.
+    """
+    if not 0 <= segment < len(tree.segments):
+        raise ValueError(f"got segment {segment}; expected 0 to {len(tree.segments) - 1}")
+    whole = tree.segments[segment]
+    if not whole.sampled:
+        raise ValueError(f"segment {segment} was not sampled; only sampled segments can be split")
+    if not 0 < at < len(whole.tokens):
+        raise ValueError(f"got split position {at}; expected 1 to {len(whole.tokens) - 1} inside segment {segment}")
+    head = replace(
+        whole,
+        tokens=whole.tokens[:at],
+        text=decode(whole.tokens[:at]),
+        logprobs=whole.logprobs[:at],
+        entropies=whole.entropies[:at],
+        stop_reason=None,
+    )
+    tail = Segment(
+        parent=segment,
+        tokens=whole.tokens[at:],
+        sampled=True,
+        text=decode(whole.tokens[at:]),
+        logprobs=whole.logprobs[at:],
+        entropies=whole.entropies[at:],
+        stop_reason=whole.stop_reason,
+    )
+    # A child of the whole is a child of the tail, which sits one behind it, so one shift serves every index.
+    rest = (replace(s, parent=s.parent + (s.parent >= segment)) for s in tree.segments[segment + 1 :])
+    leaves = tuple(replace(leaf, segment=leaf.segment + (leaf.segment >= segment)) for leaf in tree.leaves)
+    return replace(tree, segments=(*tree.segments[:segment], head, tail, *rest), leaves=leaves)
+
+
+def check_tree(
+    tree: RolloutTree,
+    paths: int,
+    initial_paths: int,
+    *,
+    max_tool_calls: int | None = None,
+    max_response_tokens: int | None = None,
+    probe_tokens: int | None = None,
+) -> None:
+    """Raise ValueError with the first broken promise of a collected tree; see DESIGN section 5.
+
+    Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all at tool
+    results and all accounted for by a branch decision; tool results never sampled; a logprob for every sampled token,
+    entropies for the first `probe_tokens` of them; call and token budgets of every path.
+    """
+    children: list[list[int]] = [[] for _ in tree.segments]
+    for index, segment in enumerate(tree.segments[1:], start=1):
+        children[segment.parent].append(index)
+        _check_segment(tree, index, probe_tokens)
+    if len(tree.leaves) != paths:
+        raise ValueError(f"tree {tree.prompt_id!r} has {len(tree.leaves)} leaves; expected exactly {paths}")
+    ends = {leaf.segment for leaf in tree.leaves}
+    if len(ends) != len(tree.leaves):
+        raise ValueError(f"tree {tree.prompt_id!r} has two leaves on one segment; expected each its own end")
+    childless = {index for index, below in enumerate(children) if not below}
+    if ends != childless:
+        odd = min(ends ^ childless)
+        raise ValueError(f"segment {odd} is a leaf or childless but not both; expected the leaves to be the ends")
+    forks = tree.counts["forks"]
+    if forks > paths - initial_paths:
+        raise ValueError(f"tree has {forks} forks; expected at most M - N = {paths - initial_paths}")
+    if len(children[0]) + forks != paths:
+        raise ValueError(f"{len(children[0])} paths from the prompt and {forks} forks do not make {paths} leaves")
+    for index, below in enumerate(children):
+        granted = sum(tree.segments[i].branch.children for i in below if tree.segments[i].branch is not None)
+        if index and not tree.segments[index].sampled and len(below) != 1 + granted:
+            raise ValueError(f"tool result {index} has {len(below)} children but decisions granted {granted} siblings")
+    for leaf in tree.leaves:
+        _check_path(tree, leaf, max_tool_calls, max_response_tokens)
+
+
+def _check_segment(tree: RolloutTree, index: int, probe_tokens: int | None) -> None:
+    segment, parent = tree.segments[index], tree.segments[tree.segments[index].parent]
+    if not segment.tokens:
+        raise ValueError(f"segment {index} adds no tokens; expected at least one")
+    if not segment.sampled:
+        if segment.tool is None:
+            raise ValueError(f"segment {index} was not sampled and holds no tool result; expected one or the other")
+        if not parent.sampled or parent.stop_reason is not StopReason.TOOL:
+            raise ValueError(f"tool result {index} follows segment {segment.parent}, which does not end in a call")
+        return
+    if segment.tool is not None:
+        raise ValueError(f"segment {index} is a tool result marked as sampled; its tokens must never be trained")
+    if parent.sampled and parent.stop_reason is not None:
+        raise ValueError(f"sampled segment {index} follows segment {segment.parent}, which had ended")
+    if len(segment.logprobs) != len(segment.tokens) or not all(p <= 1e-6 for p in segment.logprobs):
+        raise ValueError(f"sampled segment {index} lacks a log-probability (at most 0) for each of its tokens")
+    if not all(h >= -1e-6 and math.isfinite(h) for h in segment.entropies):
+        raise ValueError(f"segment {index} has an entropy below 0 or not finite; expected nats")
+    wanted = min(probe_tokens or 0, len(segment.tokens)) if not parent.sampled else 0
+    if len(segment.entropies) < wanted:
+        raise ValueError(f"segment {index} has {len(segment.entropies)} entropies; expected the first {wanted}")
+
+
+def _check_path(tree: RolloutTree, leaf: Leaf, max_tool_calls: int | None, max_response_tokens: int | None) -> None:
+    if not tree.segments[leaf.segment].sampled:
+        raise ValueError(f"leaf at segment {leaf.segment} ends in a tool result; expected a sampled segment")
+    segments = list(tree.response_segments(leaf))
+    ran = sum(s.tool is not None for s in segments)
+    # One result past the limit is the message that says so.
+    if max_tool_calls is not None and ran > max_tool_calls + 1:
+        raise ValueError(
+            f"the path to segment {leaf.segment} has {ran} tool results; expected at most {max_tool_calls} + 1"
+        )
+    length = sum(len(s.tokens) for s in segments)
+    if max_response_tokens is not None and length > max_response_tokens:
+        raise ValueError(
+            f"the path to segment {leaf.segment} has {length} response tokens; expected at most {max_response_tokens}"
+        )
+
+
+def read_trees(path: str | Path) -> list[RolloutTree]:
+    """The trees of a file that `data.append_trees` wrote. DataError names the line that is not one."""
+    try:
+        # Not splitlines: JSON leaves U+2028 and U+0085 inside strings as they are.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"tree file {path} cannot be read ({error.strerror}); expected one JSON tree a line") from None
+    trees = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            tree = RolloutTree.from_json(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} line {number} is not a rollout tree: {error}") from None
+        if row.get("counts") != tree.counts:
+            raise DataError(f"{path} line {number} says counts {row.get('counts')}; its segments give {tree.counts}")
+        trees.append(tree)
+    return trees

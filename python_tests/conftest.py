@@ -1,0 +1,51 @@
+"""Tokenizers that tests share, built in code."""
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGS = tuple(tag for name in ("think", "search", "python", "result", "answer") for tag in (f"<{name}>", f"</{name}>"))
+
+
+@pytest.fixture(scope="session")
+def tag_tokenizer():
+    """Unigram over single characters and a few words; every tag is one special token; no chat template."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<unk>", "<eos>", *TAGS]
+    characters = [chr(code) for code in range(32, 127)]
+    words = ["mass", " of", " is", "limit", "call"]
+    pieces = [*((text, 0.0) for text in specials), *((c, -5.0) for c in characters), *((w, -4.0) for w in words)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=1))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    """Byte-level BPE with a chat template, as Qwen has it: tags take several ordinary tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["<search> result </search> python answer think the of and"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
