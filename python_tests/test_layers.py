@@ -40,6 +40,8 @@ EXTRAS = {
     "rollout/vllm_entropy.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},
     "evaluation/report.py": {"jinja2", "markupsafe"},
+    "evaluation/report_charts.py": {"markupsafe"},
+    "evaluation/report_plots.py": {"markupsafe"},
     "evaluation/report_data.py": {"yaml"},
 }
 

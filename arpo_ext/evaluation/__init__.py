@@ -1,0 +1,1 @@
+"""Measure a model on held-out questions (`metrics`) and turn a run folder into one page (`report`)."""
