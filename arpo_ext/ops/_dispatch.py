@@ -71,3 +71,8 @@ def available_backends() -> dict[str, str | None]:
     """Backend name -> None if this machine can run it, else the reason. `reference` is plain torch and always runs."""
     found = {name: _native.cpu_missing(isa) for name, isa in CPU_BACKENDS.items()}
     return {**found, "cuda": _native.cuda_missing(), "reference": None}
+
+
+def build_info() -> dict[str, str | None]:
+    """How the native module was built: `compiler`, `cuda` (None: without), `cuda_architectures`; {} if it was not."""
+    return {} if _native.C is None else _native.C.build_info()

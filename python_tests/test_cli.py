@@ -1,0 +1,104 @@
+"""The command line: what works without an engine, and one sentence with exit code 2 for every bad input."""
+
+import json
+
+import pytest
+
+from arpo_ext.cli import main
+from arpo_ext.ops import available_backends
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A folder that passes for a model until its weights are read."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return folder
+
+
+def test_info_names_every_backend_and_why_not(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name, reason in available_backends().items():
+        line = next(line for line in printed.splitlines() if line.split()[:1] == [name])
+        assert line.endswith("usable" if reason is None else f"not usable: {reason}")
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["backends"] == available_backends()
+    assert description["versions"]["torch"]
+
+
+def bad_inputs(tmp_path, model):
+    prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
+    no_answer = write(tmp_path / "no_answer.jsonl", {"question": "q"})
+    empty_corpus = tmp_path / "empty.jsonl"
+    empty_corpus.write_text("")
+    not_parquet = tmp_path / "x.parquet"
+    not_parquet.write_text("no")
+    missing = tmp_path / "missing.jsonl"
+    train = ["train", f"model.path={model}", f"data.train={prompts}"]
+    return {
+        "unknown key": (["train", "rollout.pathz=1"], "unknown config key 'rollout.pathz'; the nearest known key is"),
+        "N > M": (["train", "rollout.paths=2"], "expected N <= M"),
+        "no config file": (["train", "--config", str(missing)], "cannot be read"),
+        "no model": (["rollout", f"data.train={prompts}"], "model.path is not set; expected"),
+        "missing model": (["rollout", f"data.train={prompts}", f"model.path={missing}"], "is not a folder; expected"),
+        "empty model": (["rollout", f"data.train={prompts}", f"model.path={tmp_path}"], "holds no config.json"),
+        "no data": (["train", f"model.path={model}"], "data.train is not set; expected"),
+        "missing data": (["train", f"model.path={model}", f"data.train={missing}"], "does not exist"),
+        "missing column": (["train", f"model.path={model}", f"data.train={no_answer}"], "answer"),
+        "not parquet": (["train", f"model.path={model}", f"data.train={not_parquet}"], "not a parquet file"),
+        "missing eval set": ([*train, f"data.eval={{held: {missing}}}"], "does not exist"),
+        "no eval set": (["eval", f"model.path={model}"], "data.eval is empty; expected"),
+        "missing demos": (["sft", f"model.path={model}", f"sft.data={missing}"], "does not exist"),
+        "missing weights": (train, "holds no usable weights"),
+        "no run": (["report", str(missing)], "missing.jsonl"),
+    }
+
+
+CASES = (
+    *("unknown key", "N > M", "no config file", "no model", "missing model", "empty model", "no data", "missing data"),
+    *("missing column", "not parquet", "missing eval set", "no eval set", "missing demos", "missing weights", "no run"),
+)
+
+
+def test_every_case_is_listed(tmp_path, model_folder):
+    assert tuple(bad_inputs(tmp_path, model_folder)) == CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_input_is_one_sentence_and_leaves_nothing_behind(case, tmp_path, model_folder, capsys):
+    argv, part = bad_inputs(tmp_path, model_folder)[case]
+    output = tmp_path / "out"
+    if argv[0] != "report":
+        argv = [*argv, f"output_dir={output}"]
+    assert main(argv) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"arpo-ext {argv[0]}: ")
+    assert message.count("\n") == 1
+    assert part in message
+    assert not output.exists()
+
+
+def test_a_used_run_folder_is_refused_and_kept(tmp_path, model_folder, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
+    metrics = write(tmp_path / "metrics.jsonl", {"step": 0})
+    argv = ["train", f"model.path={model_folder}", f"data.train={prompts}", f"output_dir={tmp_path}"]
+    assert main(argv) == 2
+    assert "holds a run already; expected a new folder or train.resume=true" in capsys.readouterr().err
+    assert metrics.read_text() == '{"step": 0}\n'
+
+
+def test_an_unknown_command_exits_with_2():
+    with pytest.raises(SystemExit) as exit_:
+        main(["fly"])
+    assert exit_.value.code == 2
