@@ -107,7 +107,7 @@ def test_no_two_leaves_are_the_same_path(trees):
 
 
 def test_entropies_and_logprobs_equal_a_recomputation_of_what_was_sampled(trees, model_folder):
-    """Float32 transformers over each whole path, the bias added: entropies within 1e-4, log-probabilities within 1e-3."""
+    """Float32 transformers over each whole path, bias added: entropies within 1e-4, logprobs within 1e-3."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
