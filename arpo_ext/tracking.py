@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
-Kind = Literal["sft", "train", "eval"]
+Kind = Literal["sft", "train", "eval", "rollout"]
 KINDS = get_args(Kind)
 
 
