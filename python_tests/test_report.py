@@ -81,6 +81,7 @@ def train_row(step: int, rng: random.Random) -> dict:
         "reward/accuracy": 0.3 + 0.6 * part,
         "rollout/tool_calls": 250 - step, "rollout/tool_calls_per_path": 1.9, "rollout/sampled_tokens": 4000 + step,
         "rollout/forks": 30 - step, "rollout/fresh_paths": 10 + step, "rollout/seconds": 1.2 + 0.2 * rng.random(),
+        "rollout/decode_seconds": 0.9, "rollout/tool_wait_seconds": 0.2 + 0.1 * rng.random(),
         "train/loss": 0.01 * rng.gauss(0, 1), "train/grad_norm": 0.5 + 0.2 * rng.random(), "train/clip_fraction": 0.01,
         "train/entropy": 0.2 * (1 - part) + 0.02, "train/logprob_gap_mean": 1e-6 * (1 + rng.random()),
         "train/logprob_gap_max": 3e-4 * (1 + rng.random()), "train/ratio_max": 1.0 + 0.01 * rng.random(),

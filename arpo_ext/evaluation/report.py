@@ -115,8 +115,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     """The run's figures for the head of the page: a number and what it counts."""
     steps = run.steps("train/") or run.steps("rollout/")
     tiles = [(f"{len(steps):,}", "training steps")] if steps else []
-    for label, value in totals(run).items():
-        tiles.append((f"{value:,.1f}" if label.startswith("s of") else f"{value:,.0f}", label))
+    tiles += [(text, label) for label, text in totals(run).items()]
     sft = run.series.get("sft/loss")
     if sft is not None:
         tiles.append((f"{sft.steps[-1]:,}", "supervised steps"))

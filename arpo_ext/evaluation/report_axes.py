@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 420, 240  # of a chart's view box
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40  # margins around its plot
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 10, 40  # margins around its plot
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,16 @@ def nice_step(span: float, ticks: int = 5) -> float:
 
 
 def short(value: float) -> str:
-    """A tick label: 1,500,000 -> 1.5M, 20000 -> 20k, 0.00001 -> 1e-05."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
-    return f"{value:.4g}" if abs(value) > 1e-12 else "0"
+    """A tick label of few characters: 1.5M for 1,500,000, 20k for 20,000, 1e-5 for 0.00001."""
+    for size, unit, least in ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if abs(value) >= least:
+            return f"{value / size:.4g}{unit}"
+    if abs(value) < 1e-12:
+        return "0"
+    if abs(value) < 1e-3:
+        digits, _, power = f"{value:e}".partition("e")
+        return f"{float(digits):.3g}e{int(power)}"
+    return f"{value:.4g}"
 
 
 def x_axis(values: Iterable[float], pad: float = 0.0) -> Axis:

@@ -21,10 +21,8 @@ TOTALS = {
     "rollout/sampled_tokens": "sampled tokens",
     "rollout/forks": "forks",
     "rollout/fresh_paths": "fresh paths",
-    "rollout/seconds": "s of rollouts",
-    "train/seconds": "s of training",
-    "push/seconds": "s of weight pushes",
 }
+SECONDS = {"rollout/seconds": "rollouts", "train/seconds": "training", "push/seconds": "weight pushes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,17 @@ def _at(series: Series | None, step: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def totals(run: Run) -> dict[str, float]:
-    """Sums over all training steps under the names of TOTALS; what was never logged is left out."""
-    found = {label: run.total(key) for key, label in TOTALS.items()}
-    return {label: value for label, value in found.items() if value is not None}
+def totals(run: Run) -> dict[str, str]:
+    """What all training steps together did and took, as text by label; what was never logged is left out.
+
+    Labels are the values of TOTALS (counts) and of SECONDS (durations, "12.3 s").
+    """
+    texts = {}
+    for key, label in {**TOTALS, **SECONDS}.items():
+        value = run.total(key)
+        if value is not None:
+            texts[label] = f"{value:,.1f} s" if key in SECONDS else f"{value:,.0f}"
+    return texts
 
 
 def number(value: float | None) -> str:
@@ -108,20 +113,14 @@ def final_table(run_dir: str | Path) -> str:
     run = read_run(run_dir)
     rows = eval_rows(run)
     lines = _eval_lines(rows) if rows else ["no evaluation in this run"]
-    sums = totals(run)
+    cost = [f"{text} {'of ' * (label in SECONDS.values())}{label}" for label, text in totals(run).items()]
     steps = run.steps("train/") or run.steps("rollout/")
-    if steps and sums:
-        cost = ", ".join(f"{number_of(value)} {label}" for label, value in sums.items())
-        lines.append(f"training: {len(steps)} steps, {cost}")
+    if steps:
+        lines.append(", ".join([f"training: {len(steps)} steps", *cost]))
     sft = run.series.get("sft/loss")
     if sft is not None and sft.finite:
         lines.append(f"sft: {sft.steps[-1]} steps, loss {number(sft.finite[0])} -> {number(sft.finite[-1])}")
     return "\n".join(lines)
-
-
-def number_of(value: float) -> str:
-    """A count without decimals, a duration with one."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def _eval_lines(rows: list[EvalRow]) -> list[str]:

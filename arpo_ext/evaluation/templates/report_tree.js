@@ -6,7 +6,7 @@
   const trees = sources.map((source) => JSON.parse(source.textContent));
   const darkest = Number(viewer.dataset.shade);
   const part = (name) => document.getElementById(`tree-${name}`);
-  const MAP = { lane: 24, prompt: 54, left: 2, reward: 96, width: 1100 };
+  const MAP = { lane: 24, prompt: 54, left: 2, reward: 120, width: 1100 };
 
   function element(tag, className, ...children) {
     const node = document.createElement(tag);
@@ -94,7 +94,7 @@
     rows.forEach((number, row) => {
       const leaf = tree.leaves[number];
       const end = x(leaf.segment ? start[leaf.segment] + tree.segments[leaf.segment].tokens : 0) + 6;
-      const text = `${mark(leaf)} ${fixed(leaf.reward, 2)}`;
+      const text = `${mark(leaf)} ${fixed(leaf.reward, 2)}  path ${number + 1}`;
       const label = shape("text", { x: end, y: row * MAP.lane + 16, class: "lane" }, text);
       label.addEventListener("click", () => choose(number));
       svg.append(label);
