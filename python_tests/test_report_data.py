@@ -210,7 +210,7 @@ def test_line_chart_breaks_at_gaps_and_shows_values():
     (path,) = shapes.of("path")
     assert path["d"].count("M") == 2
     assert path["d"].startswith("M60.0 200.0")
-    assert path["d"].endswith("L408 105.0")
+    assert path["d"].endswith("L408.0 105.0")
     assert len(shapes.of("circle")) == 1
     hover = json.loads(shapes.of("svg")[0]["data-hover"])
     assert hover["x"] == [1, 2, 3, 5]
