@@ -1,0 +1,227 @@
+"""Runs tool calls beside the sampler: concurrency per tool, an enforced timeout, equal calls only once.
+
+What it leaves out: retries, a cache that outlives the pool, rate limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from arpo_ext.errors import ToolError
+from arpo_ext.types import ToolCall, ToolResult
+
+if TYPE_CHECKING:
+    from arpo_ext.tools.base import Tool
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStats:
+    """Counts since the pool started.
+
+    calls: calls submitted. cached: of those, answered by an equal call that had run or was running. failures: runs
+    that gave `ok=False`. seconds: wall-clock of all runs, added up.
+    """
+
+    calls: int = 0
+    failures: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+
+class ToolPool:
+    """The started tools of one collection of rollouts; a context manager.
+
+    Equal calls (same name, same text) run once while the pool is open: those that arrive while the first one runs
+    share its answer, later ones get it from memory with `cached=True`. A failure is shared by those waiting for it
+    and then forgotten, so that a passing fault is not kept.
+
+    Every answer comes as a `ToolResult`. What the tool itself raises is its defect: it is logged with its traceback
+    and becomes an answer with `ok=False`, here and nowhere else.
+    """
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self.names = tuple(tool.name for tool in tools)
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"got tools named {', '.join(self.names)}; expected every name once")
+        self._tools = {tool.name: tool for tool in tools}
+        self._lanes: dict[str, _Lane] = {}
+        self._lock = threading.Lock()
+        self._shared: dict[ToolCall, Future[ToolResult]] = {}
+        self._stats = {name: ToolStats() for name in self.names}
+
+    def __enter__(self) -> ToolPool:
+        with contextlib.ExitStack() as undo:
+            for tool in self._tools.values():
+                undo.callback(tool.close)
+                tool.start()
+            undo.pop_all()
+        self._lanes = {name: _Lane(tool) for name, tool in self._tools.items()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Answer what still waits with `ok=False` and close the tools. Returns although a tool may be stuck."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.close()
+        with contextlib.ExitStack() as closing:
+            for tool in self._tools.values():
+                closing.callback(tool.close)
+
+    @property
+    def stats(self) -> dict[str, ToolStats]:
+        """A snapshot per tool."""
+        with self._lock:
+            return dict(self._stats)
+
+    def submit(self, call: ToolCall) -> Future[ToolResult]:
+        """Start `call`, or join an equal one. The future always gets a result, never an exception.
+
+        ToolError if the pool is not open.
+        """
+        if not self._lanes and self._tools:
+            raise ToolError("the tool pool is not open; expected calls between its __enter__ and __exit__")
+        answer = _started_future()
+        lane = self._lanes.get(call.name)
+        if lane is None:
+            known = ", ".join(self.names) or "none"
+            answer.set_result(ToolResult(call.name, f"there is no tool named {call.name!r}; tools: {known}", ok=False))
+            return answer
+        with self._lock:
+            self._count(call.name, calls=1)
+            first = self._shared.get(call)
+            if first is None:
+                self._shared[call] = answer
+            else:
+                self._count(call.name, cached=1)
+        if first is None:
+            answer.add_done_callback(lambda done: self._finished(call, done.result()))
+            lane.put(call.text, answer)
+        else:
+            first.add_done_callback(lambda done: answer.set_result(replace(done.result(), seconds=0.0, cached=True)))
+        return answer
+
+    def _finished(self, call: ToolCall, result: ToolResult) -> None:
+        with self._lock:
+            self._count(call.name, failures=int(not result.ok), seconds=result.seconds)
+            if not result.ok:
+                del self._shared[call]
+
+    def _count(self, name: str, *, calls: int = 0, failures: int = 0, cached: int = 0, seconds: float = 0.0) -> None:
+        old = self._stats[name]
+        self._stats[name] = ToolStats(
+            old.calls + calls, old.failures + failures, old.cached + cached, old.seconds + seconds
+        )
+
+
+class _Lane:
+    """The calls of one tool: a queue and `tool.workers` daemon threads.
+
+    A thread cannot be stopped. When a run passes its timeout its call is answered at once, a fresh thread takes the
+    place of the stuck one, and the stuck one ends whenever its run returns.
+    """
+
+    def __init__(self, tool: Tool) -> None:
+        self._tool = tool
+        self._waiting: queue.SimpleQueue[tuple[str, Future[ToolResult]] | None] = queue.SimpleQueue()
+        self._running: set[_Run] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        for _ in range(tool.workers):
+            self._add_worker()
+
+    def put(self, text: str, answer: Future[ToolResult]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._waiting.put((text, answer))
+                return
+        answer.set_result(self._failure("the tool pool was closed before the call ran"))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+            unstarted = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    unstarted.append(self._waiting.get_nowait())
+            for _ in range(self._tool.workers):
+                self._waiting.put(None)
+        for _, answer in filter(None, unstarted):
+            answer.set_result(self._failure("the tool pool was closed before the call ran"))
+        for run in running:
+            self._settle(run, self._failure("the tool pool was closed while the call ran", run.seconds))
+
+    def _add_worker(self) -> None:
+        threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            run = _Run(job[1])
+            with self._lock:
+                self._running.add(run)
+            timer = threading.Timer(self._tool.timeout_s, self._expire, (run,))
+            timer.daemon = True
+            timer.start()
+            result = self._answer(job[0])
+            timer.cancel()
+            if not self._settle(run, replace(result, seconds=run.seconds)):
+                return
+
+    def _answer(self, text: str) -> ToolResult:
+        try:
+            return self._tool.run(text)
+        except Exception as error:  # noqa: BLE001 - the one place where a tool's defect becomes an answer
+            _log.exception("the %s tool raised on the call %r", self._tool.name, text[:200])
+            return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}")
+
+    def _expire(self, run: _Run) -> None:
+        text = f"the {self._tool.name} tool did not answer within {self._tool.timeout_s:g} s"
+        if self._settle(run, self._failure(text, run.seconds)):
+            self._add_worker()
+
+    def _settle(self, run: _Run, result: ToolResult) -> bool:
+        """Answer `run` unless that has happened already; tells whether it did."""
+        with self._lock:
+            if run not in self._running:
+                return False
+            self._running.remove(run)
+        run.answer.set_result(result)
+        return True
+
+    def _failure(self, text: str, seconds: float = 0.0) -> ToolResult:
+        return ToolResult(self._tool.name, text, ok=False, seconds=seconds)
+
+
+class _Run:
+    """One call that has been handed to the tool."""
+
+    def __init__(self, answer: Future[ToolResult]) -> None:
+        self.answer = answer
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _started_future() -> Future[ToolResult]:
+    """A future that can no longer be cancelled: others may wait for the same answer."""
+    future: Future[ToolResult] = Future()
+    future.set_running_or_notify_cancel()
+    return future

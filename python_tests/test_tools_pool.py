@@ -1,0 +1,228 @@
+"""The tool pool: concurrency, enforced timeouts, single flight, and that it always answers."""
+
+import threading
+import time
+
+import pytest
+
+from arpo_ext.errors import ToolError
+from arpo_ext.tools import ToolPool, ToolStats
+from arpo_ext.types import ToolCall, ToolResult
+
+
+class ScriptedTool:
+    """Answers with `answer(text)`, and records what happened to it."""
+
+    def __init__(self, name="echo", answer=lambda text: text, *, workers=2, timeout_s=5.0, start_error=None):
+        self.name, self.workers, self.timeout_s = name, workers, timeout_s
+        self._answer, self._start_error = answer, start_error
+        self.runs = []
+        self.at_once = self.most_at_once = 0
+        self.started = self.closed = 0
+        self._lock = threading.Lock()
+
+    def start(self):
+        if self._start_error:
+            raise self._start_error
+        self.started += 1
+
+    def run(self, text):
+        with self._lock:
+            self.runs.append(text)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            answer = self._answer(text)
+        finally:
+            with self._lock:
+                self.at_once -= 1
+        return answer if isinstance(answer, ToolResult) else ToolResult(self.name, answer, ok=True)
+
+    def close(self):
+        self.closed += 1
+
+
+def wait(future):
+    return future.result(timeout=10)
+
+
+def test_answers_a_call_and_measures_it():
+    tool = ScriptedTool(answer=lambda text: time.sleep(0.02) or text.upper())
+    with ToolPool([tool]) as pool:
+        result = wait(pool.submit(ToolCall("echo", "hi")))
+    assert (result.name, result.text, result.ok, result.cached) == ("echo", "HI", True, False)
+    assert 0.02 <= result.seconds < 2
+
+
+def test_unknown_tool_names_the_known_ones():
+    with ToolPool([ScriptedTool("search"), ScriptedTool("python")]) as pool:
+        result = wait(pool.submit(ToolCall("browse", "x")))
+    assert not result.ok
+    assert "browse" in result.text
+    assert "search, python" in result.text
+
+
+def test_concurrency_is_the_tools_workers():
+    barrier = threading.Barrier(3)
+    tool = ScriptedTool(answer=lambda text: str(barrier.wait(timeout=5)), workers=3)
+    with ToolPool([tool]) as pool:
+        futures = [pool.submit(ToolCall("echo", str(i))) for i in range(9)]
+        assert all(wait(f).ok for f in futures)
+    assert tool.most_at_once == 3
+
+
+def test_tools_do_not_wait_for_each_other():
+    release = threading.Event()
+    slow = ScriptedTool("slow", lambda text: str(release.wait(5)), workers=1)
+    with ToolPool([slow, ScriptedTool("fast")]) as pool:
+        waiting = pool.submit(ToolCall("slow", "x"))
+        assert wait(pool.submit(ToolCall("fast", "x"))).ok
+        assert not waiting.done()
+        release.set()
+        assert wait(waiting).ok
+
+
+def test_equal_calls_run_once_while_the_first_is_running():
+    release = threading.Event()
+    tool = ScriptedTool(answer=lambda text: release.wait(5) and text)
+    with ToolPool([tool]) as pool:
+        futures = [pool.submit(ToolCall("echo", "same")) for _ in range(5)]
+        release.set()
+        results = [wait(f) for f in futures]
+        stats = pool.stats["echo"]
+    assert tool.runs == ["same"]
+    assert [r.cached for r in results] == [False, True, True, True, True]
+    assert {r.text for r in results} == {"same"}
+    assert [r.seconds for r in results[1:]] == [0.0] * 4
+    assert (stats.calls, stats.cached, stats.failures) == (5, 4, 0)
+    assert stats.seconds == results[0].seconds > 0
+
+
+def test_answers_are_kept_and_failures_are_not():
+    answers = iter(["not yet", "now"])
+
+    def answer(text):
+        word = next(answers)
+        return ToolResult("echo", word, ok=word == "now")
+
+    tool = ScriptedTool(answer=answer)
+    with ToolPool([tool]) as pool:
+        texts = [wait(pool.submit(ToolCall("echo", "q"))) for _ in range(3)]
+        assert pool.stats["echo"].failures == 1
+    assert [(r.text, r.ok, r.cached) for r in texts] == [
+        ("not yet", False, False),
+        ("now", True, False),
+        ("now", True, True),
+    ]
+
+
+def test_a_failure_is_shared_by_those_who_wait_for_it():
+    release = threading.Event()
+    tool = ScriptedTool(answer=lambda text: release.wait(5) and ToolResult("echo", "no", ok=False))
+    with ToolPool([tool]) as pool:
+        futures = [pool.submit(ToolCall("echo", "q")) for _ in range(3)]
+        release.set()
+        assert [wait(f).ok for f in futures] == [False] * 3
+    assert len(tool.runs) == 1
+
+
+def test_timeout_is_enforced_and_the_lane_keeps_its_width():
+    stuck = threading.Event()
+    tool = ScriptedTool(answer=lambda text: stuck.wait(20) and text if text == "stuck" else text, workers=1)
+    tool.timeout_s = 0.1
+    start = time.monotonic()
+    with ToolPool([tool]) as pool:
+        slow = pool.submit(ToolCall("echo", "stuck"))
+        after = pool.submit(ToolCall("echo", "next"))
+        assert wait(after).text == "next"
+        result = wait(slow)
+    assert time.monotonic() - start < 5
+    assert not result.ok
+    assert "0.1 s" in result.text
+    assert result.seconds >= 0.1
+    stuck.set()
+
+
+def test_a_late_answer_changes_nothing():
+    release = threading.Event()
+    tool = ScriptedTool(answer=lambda text: release.wait(5) and text, timeout_s=0.05)
+    with ToolPool([tool]) as pool:
+        assert not wait(pool.submit(ToolCall("echo", "q"))).ok
+        release.set()
+        time.sleep(0.05)
+        assert wait(pool.submit(ToolCall("echo", "q"))).ok
+        assert pool.stats["echo"].failures == 1
+
+
+def test_what_a_tool_raises_becomes_an_answer(caplog):
+    def answer(text):
+        raise KeyError("lost")
+
+    with ToolPool([ScriptedTool(answer=answer, workers=1)]) as pool:
+        for _ in range(3):
+            result = wait(pool.submit(ToolCall("echo", "q")))
+            assert not result.ok
+            assert "KeyError: 'lost'" in result.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_tool_that_cannot_start_closes_the_others():
+    good, bad = ScriptedTool("good"), ScriptedTool("bad", start_error=ToolError("no corpus"))
+    with pytest.raises(ToolError, match="no corpus"), ToolPool([good, bad]):
+        pass
+    assert good.started == good.closed == 1
+
+
+def test_close_answers_what_waits_and_never_hangs():
+    stuck = threading.Event()
+    tool = ScriptedTool(answer=lambda text: str(stuck.wait(20)), workers=1)
+    start = time.monotonic()
+    with ToolPool([tool]) as pool:
+        futures = [pool.submit(ToolCall("echo", str(i))) for i in range(3)]
+        while not tool.runs:
+            time.sleep(0.001)
+    assert [wait(f).ok for f in futures] == [False] * 3
+    assert time.monotonic() - start < 5
+    assert tool.closed == 1
+    stuck.set()
+
+
+def test_only_an_open_pool_takes_calls():
+    pool = ToolPool([ScriptedTool()])
+    with pytest.raises(ToolError, match="not open"):
+        pool.submit(ToolCall("echo", "x"))
+    with pool:
+        pass
+    with pytest.raises(ToolError, match="not open"):
+        pool.submit(ToolCall("echo", "x"))
+
+
+def test_names_must_differ():
+    with pytest.raises(ValueError, match="every name once"):
+        ToolPool([ScriptedTool(), ScriptedTool()])
+
+
+def test_a_pool_without_tools_answers_too():
+    with ToolPool([]) as pool:
+        assert not wait(pool.submit(ToolCall("search", "x"))).ok
+        assert pool.stats == {}
+
+
+def test_many_calls_from_many_threads():
+    tool = ScriptedTool(workers=4)
+    with ToolPool([tool]) as pool:
+        results = []
+
+        def client(offset):
+            results.extend(wait(pool.submit(ToolCall("echo", str((i + offset) % 50)))) for i in range(200))
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = pool.stats["echo"]
+    assert len(results) == 800
+    assert all(r.ok for r in results)
+    assert sorted(tool.runs, key=int) == [str(i) for i in range(50)]
+    assert stats == ToolStats(calls=800, failures=0, cached=750, seconds=stats.seconds)
