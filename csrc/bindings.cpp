@@ -10,6 +10,7 @@
 #include "check.h"
 #include "dtype.h"
 #include "isa.h"
+#include "logprob_entropy.h"
 
 #ifdef ARPO_HAVE_CUDA
 #include "device_cuda.h"
@@ -23,12 +24,12 @@ namespace {
 using Address = std::uintptr_t;
 
 template <class T>
-[[maybe_unused]] T* at(Address address) {
+T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
 // -1 stands for the best one.
-[[maybe_unused]] Isa choose_isa(int code) {
+Isa choose_isa(int code) {
     if (code < 0) {
         static const Isa best = best_isa();
         return best;
@@ -38,6 +39,10 @@ template <class T>
     ARPO_CHECK(isa_runs(isa), "instruction set ", isa_name(isa), " does not run on this processor");
     return isa;
 }
+
+// Beyond this range 1 / temperature or its product with a logit leaves float32. NaN is out of range too.
+bool valid_temperature(double temperature) { return temperature >= 1e-30 && temperature <= 1e30; }
+constexpr const char* kTemperatureRange = "temperature must be positive, in 1e-30 to 1e30, got ";
 
 py::dict build_info() {
     py::dict info;
@@ -82,9 +87,80 @@ void bind_machine(py::module_& m) {
     m.attr("DTYPES") = dtypes;
 }
 
+// Arguments that forward and backward, CPU and CUDA share; strides are in elements (see LogitRows).
+LogprobEntropyInputs logprob_entropy_inputs(Address logits, int dtype, std::int64_t rows, std::int64_t vocab,
+                                            std::int64_t inner, std::int64_t outer_stride, std::int64_t inner_stride,
+                                            Address labels, Address mask, Address temperatures,
+                                            std::int64_t temperature_stride, double temperature,
+                                            std::int64_t ignore_index) {
+    ARPO_CHECK(dtype >= 0 && dtype <= 2, "dtype code must be 0 to 2, got ", dtype);
+    ARPO_CHECK(rows >= 0 && vocab >= 1, "logits must have at least one column, got ", rows, " x ", vocab);
+    ARPO_CHECK(inner >= 1, "inner rows must be at least 1, got ", inner);
+    ARPO_CHECK(temperatures != 0 || valid_temperature(temperature), kTemperatureRange, temperature);
+    return {{rows, vocab, inner, outer_stride, inner_stride},
+            static_cast<Dtype>(dtype),
+            at<const void>(logits),
+            at<const std::int64_t>(labels),
+            at<const std::uint8_t>(mask),
+            at<const float>(temperatures),
+            temperature_stride,
+            static_cast<float>(temperature),
+            ignore_index};
+}
+
+// What only a device where memory can be read here allows: a label outside the vocabulary would be read out of bounds.
+void check_rows_on_cpu(const LogprobEntropyInputs& in) {
+    for (std::int64_t row = 0; row < in.shape.rows; ++row) {
+        if (in.mask && !in.mask[row]) continue;
+        if (in.labels && in.labels[row] != in.ignore_index) {
+            ARPO_CHECK(in.labels[row] >= 0 && in.labels[row] < in.shape.vocab, "labels must be in 0 to ",
+                       in.shape.vocab - 1, " or equal ignore_index ", in.ignore_index, ", got ", in.labels[row],
+                       " at row ", row);
+        }
+        if (in.temperatures) {
+            const float temperature = in.temperatures[row * in.temperature_stride];
+            ARPO_CHECK(valid_temperature(temperature), kTemperatureRange, temperature, " at row ", row);
+        }
+    }
+}
+
+void bind_logprob_entropy(py::module_& m) {
+    py::class_<LogprobEntropyInputs>(m, "LogprobEntropyInputs").def(py::init(&logprob_entropy_inputs));
+
+    m.def("logprob_entropy_forward", [](int isa_code, int threads, const LogprobEntropyInputs& in, Address logprob,
+                                        Address entropy, Address stats) {
+        const Isa isa = choose_isa(isa_code);
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_rows_on_cpu(in);
+        const LogprobEntropyForward args{in, at<float>(logprob), at<float>(entropy), at<float>(stats), threads};
+        if (in.shape.rows == 0) return;
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, logprob_entropy_forward, args);
+    });
+
+    // grad_logits may be the logits themselves; its rows have their own layout.
+    m.def("logprob_entropy_backward", [](int isa_code, int threads, const LogprobEntropyInputs& in, Address stats,
+                                         Address grad_logprob, Address grad_entropy, Address grad_logits,
+                                         std::int64_t grad_inner, std::int64_t grad_outer_stride,
+                                         std::int64_t grad_inner_stride) {
+        const Isa isa = choose_isa(isa_code);
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_rows_on_cpu(in);
+        ARPO_CHECK(grad_inner >= 1, "inner rows must be at least 1, got ", grad_inner);
+        const LogitRows grad_shape{in.shape.rows, in.shape.vocab, grad_inner, grad_outer_stride, grad_inner_stride};
+        const LogprobEntropyBackward args{in,         at<const float>(stats), at<const float>(grad_logprob),
+                                          at<const float>(grad_entropy), grad_shape,
+                                          at<void>(grad_logits),         threads};
+        if (in.shape.rows == 0) return;
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, logprob_entropy_backward, args);
+    });
+}
+
 }  // namespace
 }  // namespace arpo
 
 PYBIND11_MODULE(_C, m) {
     arpo::bind_machine(m);
+    arpo::bind_logprob_entropy(m);
 }

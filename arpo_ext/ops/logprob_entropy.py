@@ -1,0 +1,291 @@
+"""Log-probability of a label and entropy of the distribution, for every row of logits, from one read of the logits.
+
+    log_p = (logits / temperature).log_softmax(-1)
+    logprob = log_p.gather(-1, labels[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)          # in nats; a logit of -inf is probability 0 and adds 0
+
+The expression above loses what it is used for: the entropy of a nearly certain row is percents off, one -inf makes it
+NaN, and it needs several copies of the logits. Here, with m the row's maximum and z = (logits - m) / temperature,
+
+    s = sum of e^z over all but the arg-max           B = (sum of z e^z) / (1 + s), the mean of z
+    logprob = z[label] - log1p(s)                     entropy = log1p(s) - B
+    d logprob / d logits[j] = (1[j = label] - p[j]) / temperature
+    d entropy / d logits[j] = -p[j] (z[j] - B) / temperature
+
+in float32 whatever the dtype of the logits (float64 for float64, reference backend only). m, log1p(s) and B are kept
+apart for the backward pass, which reads the logits once and writes the gradient once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from arpo_ext.ops import _native
+from arpo_ext.ops import logprob_entropy_reference as reference
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu
+from arpo_ext.ops._logits import (
+    LogitsCall,
+    check_temperatures,
+    checked_call,
+    native_inputs,
+    refuse_layout,
+    result_dtype,
+    row_layout,
+    without_invalid_labels,
+)
+
+
+def logprob_entropy(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor | None, Tensor]:
+    """`(logprob, entropy)` of each row, differentiable in the logits; `logprob` is None without labels.
+
+    logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided (`logits[:, :-1]`), columns adjacent.
+    labels: [...] integers in 0 to V-1. `ignore_index` gives logprob 0 (the entropy is still computed).
+    temperature: a number, or a tensor that is 0-d or [...]; positive, not differentiable.
+    mask: [...] bool; where False both results are 0 and the row is not read.
+    inplace_backward: let the gradient take the logits' memory. Any other use of the logits in the backward pass then
+        raises torch's "modified by an inplace operation". Inside `torch.compile` it has no effect.
+    backend: "auto", "cpu", "cuda", "reference", or one instruction set: "cpu-avx512", "cpu-avx2", "cpu-portable".
+
+    Both results: [...], float32 (float64 for float64 logits). A row that holds NaN or +inf, or only -inf, gives NaN in
+    that row alone. A label on a logit of -inf gives -inf with a finite gradient.
+    ValueError: shapes, dtypes, temperatures or, on the CPU, labels out of range; on the GPU those count as ignored and
+    `invalid_labels` tells how many there were. BackendError: the backend cannot serve the call.
+    """
+    call = checked_call(logits, labels, temperature, ignore_index, mask)
+    if inplace_backward:
+        _check_inplace(logits)
+        inplace_backward = not torch.compiler.is_compiling()
+    logprob, entropy, _ = torch.ops.arpo_ext.logprob_entropy_forward(*call, inplace_backward, backend)
+    return (None if labels is None else logprob), entropy
+
+
+def entropy(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Entropy of each row in nats; arguments and errors as in `logprob_entropy`."""
+    return logprob_entropy(logits, temperature=temperature, mask=mask, backend=backend)[1]
+
+
+def logprob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label; arguments and errors as in `logprob_entropy`."""
+    result, _ = logprob_entropy(
+        logits,
+        labels,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        mask=mask,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    assert result is not None
+    return result
+
+
+def logprob_entropy_into(
+    logits: Tensor,
+    *,
+    entropy: Tensor,
+    logprob: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """The forward pass into given tensors, for a sampler that calls once per token.
+
+    Skips autograd and torch's dispatcher, which cost more than a small row does (about 20 us a call), and allocates
+    nothing on the CPU. `entropy`, and `logprob` if given, are [...] float32 (float64 for float64 logits), contiguous.
+    Everything else as in `logprob_entropy`.
+    """
+    call = checked_call(logits, labels, temperature, ignore_index, mask)
+    for name, out in (("entropy", entropy), ("logprob", logprob)):
+        if out is None:
+            continue
+        if out.shape != logits.shape[:-1] or out.dtype != result_dtype(logits) or not out.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {result_dtype(logits)} of shape {tuple(logits.shape[:-1])}, "
+                f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+            )
+    if (logprob is None) != (labels is None):
+        raise ValueError("logprob and labels go together; got only one of them")
+    choose("logprob_entropy", _FORWARD, backend, call).run(call, logprob, entropy, None)
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace_backward would overwrite a leaf that requires grad; expected logits some op computed")
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("inplace_backward needs logits without expanded dimensions, got a stride of 0")
+
+
+def _forward_cpu(isa: str, call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
+    inputs, _kept = native_inputs(call)
+    _native.C.logprob_entropy_forward(
+        _native.ISA_CODES[isa],
+        torch.get_num_threads(),
+        inputs,
+        _native.pointer(logprob),
+        entropy.data_ptr(),
+        _native.pointer(stats),
+    )
+
+
+def _backward_cpu(
+    isa: str, call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
+) -> None:
+    inputs, _kept = native_inputs(call)
+    upstream = [None if grad is None else grad.contiguous() for grad in (grad_logprob, grad_entropy)]
+    out_layout = row_layout(out)
+    assert out_layout is not None
+    _native.C.logprob_entropy_backward(
+        _native.ISA_CODES[isa],
+        torch.get_num_threads(),
+        inputs,
+        stats.data_ptr(),
+        *map(_native.pointer, upstream),
+        out.data_ptr(),
+        *out_layout,
+    )
+
+
+def _refuse_cpu(isa: str, call: LogitsCall, *_: object) -> str | None:
+    return refuse_cpu(call.logits, isa) or refuse_layout(call)
+
+
+def _forward_reference(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
+    check_temperatures(call)
+    results = reference.forward(*without_invalid_labels(call))
+    for out, result in zip((logprob, entropy, stats), results, strict=True):
+        if out is not None:
+            out.copy_(result)
+
+
+def _backward_reference(
+    call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
+) -> None:
+    out.copy_(reference.backward(*without_invalid_labels(call), stats, grad_logprob, grad_entropy))
+
+
+def _serves(*_: object) -> None:
+    return None
+
+
+_FORWARD = {
+    **{name: Backend(partial(_refuse_cpu, isa), partial(_forward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
+    "reference": Backend(_serves, _forward_reference),
+}
+_BACKWARD = {
+    **{name: Backend(partial(_refuse_cpu, isa), partial(_backward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
+    "reference": Backend(_serves, _backward_reference),
+}
+
+_INPUTS = "Tensor? labels, Tensor? mask, Tensor? temperatures, float temperature, int ignore_index"
+_UPSTREAM = "Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy"
+torch.library.define(
+    "arpo_ext::logprob_entropy_forward",
+    f"(Tensor logits, {_INPUTS}, bool inplace_backward, str backend) -> (Tensor logprob, Tensor entropy, Tensor stats)",
+)
+torch.library.define(
+    "arpo_ext::logprob_entropy_backward", f"(Tensor logits, {_INPUTS}, {_UPSTREAM}, str backend) -> Tensor"
+)
+torch.library.define(
+    "arpo_ext::logprob_entropy_backward_", f"(Tensor(a!) logits, {_INPUTS}, {_UPSTREAM}, str backend) -> ()"
+)
+
+
+def _empty_results(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[:-1], result_dtype(logits)
+    logprob = logits.new_empty((0,) if labels is None else rows, dtype=dtype)
+    return logprob, logits.new_empty(rows, dtype=dtype), logits.new_empty((3, *rows), dtype=dtype)
+
+
+@torch.library.impl("arpo_ext::logprob_entropy_forward", "default")
+def _forward(logits, labels, mask, temperatures, temperature, ignore_index, inplace_backward, backend):
+    call = LogitsCall(logits, labels, mask, temperatures, temperature, ignore_index)
+    logprob, entropy, stats = _empty_results(logits, labels)
+    run = choose("logprob_entropy", _FORWARD, backend, call).run
+    run(call, None if labels is None else logprob, entropy, stats)
+    return logprob, entropy, stats
+
+
+@torch.library.register_fake("arpo_ext::logprob_entropy_forward")
+def _forward_fake(logits, labels, mask, temperatures, temperature, ignore_index, inplace_backward, backend):
+    return _empty_results(logits, labels)
+
+
+@torch.library.impl("arpo_ext::logprob_entropy_backward", "default")
+def _backward(*args):
+    *inputs, stats, grad_logprob, grad_entropy, backend = args
+    call = LogitsCall(*inputs)
+    out = call.logits.new_empty(call.logits.shape)
+    choose("logprob_entropy", _BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
+    return out
+
+
+@torch.library.register_fake("arpo_ext::logprob_entropy_backward")
+def _backward_fake(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.impl("arpo_ext::logprob_entropy_backward_", "default")
+def _backward_inplace(*args):
+    *inputs, stats, grad_logprob, grad_entropy, backend = args
+    call = LogitsCall(*inputs)
+    choose("logprob_entropy", _BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
+
+
+@torch.library.register_fake("arpo_ext::logprob_entropy_backward_")
+def _backward_inplace_fake(*_):
+    return None
+
+
+def _save(ctx, inputs, output):
+    logits, labels, mask, temperatures, ctx.temperature, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
+    stats = output[2]
+    ctx.save_for_backward(logits, labels, mask, temperatures, stats)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprob, grad_entropy, _grad_stats):
+    nothing = (None,) * 7
+    if grad_logprob is None and grad_entropy is None:
+        return None, *nothing
+    logits, labels, mask, temperatures, stats = ctx.saved_tensors
+    args = (logits, labels, mask, temperatures, ctx.temperature, ctx.ignore_index)
+    args = (*args, stats, grad_logprob if labels is not None else None, grad_entropy, ctx.backend)
+    # With create_graph the functional op takes the call, and refuses it in words if it is differentiated.
+    if ctx.inplace and not torch.is_grad_enabled():
+        torch.ops.arpo_ext.logprob_entropy_backward_(*args)
+        return logits.detach(), *nothing
+    return torch.ops.arpo_ext.logprob_entropy_backward(*args), *nothing
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError("logprob_entropy has no second derivative; expected backward() without create_graph=True")
+
+
+torch.library.register_autograd("arpo_ext::logprob_entropy_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd("arpo_ext::logprob_entropy_backward", _refuse_second_derivative)

@@ -1,0 +1,125 @@
+// F32x16 in two 256-bit registers (AVX2, FMA, F16C). Included by vec.h, inside the namespace.
+
+struct F32x16 {
+    __m256 lo, hi;
+    static F32x16 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+};
+struct Mask16 {
+    __m256 lo, hi;
+};
+
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+
+inline Mask16 not_equal(F32x16 a, F32x16 b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_NEQ_UQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_NEQ_UQ)};
+}
+inline int count(Mask16 m) {
+    return __builtin_popcount(_mm256_movemask_ps(m.lo)) + __builtin_popcount(_mm256_movemask_ps(m.hi));
+}
+// a where the mask is set, 0 elsewhere.
+inline F32x16 keep(Mask16 m, F32x16 a) { return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)}; }
+
+inline __m256 shift_to_exponent(__m256 a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
+}
+inline F32x16 shift_to_exponent(F32x16 a) { return {shift_to_exponent(a.lo), shift_to_exponent(a.hi)}; }
+
+inline float sum(F32x16 a) {
+    const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(F32x16 a) {
+    const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline void load2(const float* p, F32x16& a, F32x16& b) {
+    a = {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+    b = {_mm256_loadu_ps(p + 16), _mm256_loadu_ps(p + 24)};
+}
+
+inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256 even_bfloat16(__m256i both) { return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)); }
+inline __m256 odd_bfloat16(__m256i both) {
+    return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline void load2(const BFloat16* p, F32x16& even, F32x16& odd) {
+    const __m256i first = load_bits(p), second = load_bits(p + 16);
+    even = {even_bfloat16(first), even_bfloat16(second)};
+    odd = {odd_bfloat16(first), odd_bfloat16(second)};
+}
+
+// The low halves of eight 32-bit lanes, as eight 16-bit values; the high halves must be 0.
+inline __m128i narrow(__m256i lanes) {
+    const __m256i packed = _mm256_packus_epi32(lanes, lanes);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline __m256 even_half(__m256i both) {
+    return _mm256_cvtph_ps(narrow(_mm256_and_si256(both, _mm256_set1_epi32(0xffff))));
+}
+inline __m256 odd_half(__m256i both) { return _mm256_cvtph_ps(narrow(_mm256_srli_epi32(both, 16))); }
+inline void load2(const Half* p, F32x16& even, F32x16& odd) {
+    const __m256i first = load_bits(p), second = load_bits(p + 16);
+    even = {even_half(first), even_half(second)};
+    odd = {odd_half(first), odd_half(second)};
+}
+
+// Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
+inline __m256i round_bfloat16(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan));
+}
+
+inline __m256i pack(const BFloat16*, __m256 even, __m256 odd) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const __m256i high = _mm256_and_si256(round_bfloat16(odd), mask);
+    return _mm256_or_si256(high, _mm256_srli_epi32(round_bfloat16(even), 16));
+}
+inline __m256i pack(const Half*, __m256 even, __m256 odd) {
+    const __m256i low = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(even, _MM_FROUND_TO_NEAREST_INT));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
+    return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+}
+
+inline void store2(float* p, F32x16 a, F32x16 b) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+    _mm256_storeu_ps(p + 16, b.lo);
+    _mm256_storeu_ps(p + 24, b.hi);
+}
+template <class T>
+inline void store2(T* p, F32x16 even, F32x16 odd) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(p, even.lo, odd.lo));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), pack(p, even.hi, odd.hi));
+}
+
+// Past the caches; p must be 64-byte aligned. Call stream_fence before another thread reads.
+inline void stream2(float* p, F32x16 a, F32x16 b) {
+    _mm256_stream_ps(p, a.lo);
+    _mm256_stream_ps(p + 8, a.hi);
+    _mm256_stream_ps(p + 16, b.lo);
+    _mm256_stream_ps(p + 24, b.hi);
+}
+template <class T>
+inline void stream2(T* p, F32x16 even, F32x16 odd) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(p, even.lo, odd.lo));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 16), pack(p, even.hi, odd.hi));
+}
+inline void stream_fence() { _mm_sfence(); }
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

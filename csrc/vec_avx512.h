@@ -1,0 +1,84 @@
+// F32x16 in one 512-bit register. Included by vec.h, inside the namespace.
+
+struct F32x16 {
+    __m512 v;
+    static F32x16 set(float x) { return {_mm512_set1_ps(x)}; }
+};
+using Mask16 = __mmask16;
+
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+inline Mask16 not_equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ); }
+inline int count(Mask16 m) { return __builtin_popcount(m); }
+// a where the mask is set, 0 elsewhere.
+inline F32x16 keep(Mask16 m, F32x16 a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
+
+inline F32x16 shift_to_exponent(F32x16 a) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+
+inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
+
+inline void load2(const float* p, F32x16& a, F32x16& b) {
+    a.v = _mm512_loadu_ps(p);
+    b.v = _mm512_loadu_ps(p + 16);
+}
+
+inline void load2(const BFloat16* p, F32x16& even, F32x16& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+inline void load2(const Half* p, F32x16& even, F32x16& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+    odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+}
+
+// Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
+inline __m512i round_bfloat16(F32x16 a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
+}
+
+inline __m512i pack(const BFloat16*, F32x16 even, F32x16 odd) {
+    const __m512i high = _mm512_and_si512(round_bfloat16(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    return _mm512_or_si512(high, _mm512_srli_epi32(round_bfloat16(even), 16));
+}
+
+inline __m512i pack(const Half*, F32x16 even, F32x16 odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(even.v, _MM_FROUND_TO_NEAREST_INT));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(odd.v, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+inline void store2(float* p, F32x16 a, F32x16 b) {
+    _mm512_storeu_ps(p, a.v);
+    _mm512_storeu_ps(p + 16, b.v);
+}
+template <class T>
+inline void store2(T* p, F32x16 even, F32x16 odd) {
+    _mm512_storeu_si512(p, pack(p, even, odd));
+}
+
+// Past the caches; p must be 64-byte aligned. Call stream_fence before another thread reads.
+inline void stream2(float* p, F32x16 a, F32x16 b) {
+    _mm512_stream_ps(p, a.v);
+    _mm512_stream_ps(p + 16, b.v);
+}
+template <class T>
+inline void stream2(T* p, F32x16 even, F32x16 odd) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack(p, even, odd));
+}
+inline void stream_fence() { _mm_sfence(); }
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
