@@ -29,17 +29,17 @@ KINDS = get_args(Kind)
 class Tracker:
     """Writer of a run folder's metrics. A context manager; `close` may be called twice.
 
-    main: False on the other ranks of a distributed run: nothing is written or shown there.
+    Only rank 0 of a distributed run (environment variable RANK) writes and shows anything.
     """
 
-    def __init__(self, output_dir: str | Path, config: TrackingConfig, *, main: bool = True) -> None:
+    def __init__(self, output_dir: str | Path, config: TrackingConfig) -> None:
         self.output_dir = Path(output_dir)
         self.config = config
-        self.main = main
+        self.main = os.environ.get("RANK", "0") == "0"
         self._started_s = time.monotonic()
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_step: dict[str, int] = {}
-        if main:
+        if self.main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 

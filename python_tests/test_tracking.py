@@ -26,7 +26,10 @@ def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
 
 
 def test_unknown_kind_is_refused(tmp_path):
-    with Tracker(tmp_path, QUIET) as tracker, pytest.raises(ValueError, match="expected one of sft, train, eval"):
+    with (
+        Tracker(tmp_path, QUIET) as tracker,
+        pytest.raises(ValueError, match="expected one of sft, train, eval, rollout"),
+    ):
         tracker.log(1, "test", {})
 
 
@@ -91,9 +94,10 @@ def test_progress_bar_counts_and_can_be_silent(tmp_path, capsys):
     assert "steps: 100%" in capsys.readouterr().err
 
 
-def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
+def test_other_ranks_write_and_show_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
     config = TrackingConfig(tensorboard=True, progress=True)
-    with Tracker(tmp_path / "run", config, main=False) as tracker, tracker.progress(3, "steps") as bar:
+    with Tracker(tmp_path / "run", config) as tracker, tracker.progress(3, "steps") as bar:
         tracker.rewind(0)
         tracker.log(1, "train", {"a": 1.0})
         bar.update()

@@ -1,0 +1,184 @@
+"""From credited trees to micro-batches of flat rows: one row per leaf, its whole path.
+
+Only tokens the model sampled are trained: never the prompt, a tool result or any other text put into the path.
+A row whose advantages are all zero adds nothing to the gradient and is left out, but its weight stays in the
+normaliser, so leaving it out changes the cost and not the update.
+
+Rows are padded on the right and no attention mask is made: with causal attention a token never sees the padding behind
+it, the padding's own outputs are not read, and kernels keep their fast causal form (a dense mask costs twice the time).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arpo_ext.config import TrainConfig
+from arpo_ext.training.advantages import CreditedTree
+from arpo_ext.types import Segment
+
+
+@dataclass(frozen=True)
+class Row:
+    """tokens: int64 [T]. trained: bool [T], True where the model learns to write the token; False at position 0."""
+
+    tokens: Tensor
+    trained: Tensor
+
+
+@dataclass(frozen=True)
+class PolicyRow(Row):
+    """The path of one leaf. All [T] float32; what stands at untrained tokens is never read, except weight, 0 there.
+
+    sampler_logprob: as recorded while sampling, NaN where none was. advantage: per token. weight: the token's share in
+    the loss before normalisation.
+    """
+
+    sampler_logprob: Tensor
+    advantage: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded rows and the positions whose next token is trained in at least one of them.
+
+    tokens: int64 [B, T]. keep: int64 [P], positions whose logits are needed. labels: int64 [B, P], the token after each
+    kept position. mask: bool [B, P], whether it is trained in that row.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    labels: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """A micro-batch of policy rows: sampler_logprob, advantage and weight are float32 [B, P] like `text.labels`.
+
+    old_logprob: float32 [B, P] that the ratio is taken against; None: the trainer's own at the time of the update.
+    """
+
+    text: TokenBatch
+    sampler_logprob: Tensor
+    advantage: Tensor
+    weight: Tensor
+    old_logprob: Tensor | None = None
+
+    def to(self, device: torch.device) -> PolicyBatch:
+        columns = (self.sampler_logprob, self.advantage, self.weight, self.old_logprob)
+        moved = (None if column is None else column.to(device, non_blocking=True) for column in columns)
+        return PolicyBatch(self.text.to(device), *moved)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step trains on.
+
+    normalizer: sum of weight over all its rows, those left out included. spare: some of the rows left out, to measure
+    entropy and sampler gap with when nothing is trained.
+    """
+
+    micro_batches: list[PolicyBatch]
+    normalizer: float
+    spare: PolicyBatch
+
+
+def plan_updates(trees: Sequence[CreditedTree], config: TrainConfig, *, seed: int, pad_token: int) -> list[Update]:
+    """`config.updates_per_step` updates over disjoint, randomly drawn sets of trees; fewer trees leave some empty."""
+    order = list(range(len(trees)))
+    if config.updates_per_step > 1:
+        random.Random(seed).shuffle(order)
+    updates = []
+    for part in range(config.updates_per_step):
+        indices = order[part :: config.updates_per_step]
+        rows = [row for index in indices for row in tree_rows(trees[index], config)]
+        effective = [bool((row.advantage * row.weight).any()) for row in rows]
+        kept = [row for row, counts in zip(rows, effective, strict=True) if counts]
+        idle = [row for row, counts in zip(rows, effective, strict=True) if not counts][: config.micro_batch_rows]
+        spare = policy_batch(idle, config, pad_token) if idle else weightless_batch(pad_token)
+        normalizer = sum(float(row.weight.sum(dtype=torch.float64)) for row in rows)
+        updates.append(Update(micro_batches(kept, config, pad_token), normalizer, spare))
+    return updates
+
+
+def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
+    """One row per leaf of the tree.
+
+    credit soft: every token has the advantage of its own leaf. hard: the mean over the leaves that share it.
+    loss_scale token_mean: weight 1. sequence_mean: weight 1/|y_i|, |y_i| the trained tokens of the row (paper Eq. 6).
+    """
+    tree = credited.tree
+    parts = [_segment_columns(segment, tree.prompt_id, config) for segment in tree.segments]
+    rows = []
+    for leaf in tree.leaves:
+        path = tree.path(leaf.segment)
+        tokens, trained, sampler_logprob = (torch.cat([parts[i][column] for i in path]) for column in range(3))
+        trained[:1] = False
+        if config.credit == "hard":
+            lengths = torch.tensor([len(tree.segments[i].tokens) for i in path])
+            advantage = credited.segment[path].repeat_interleave(lengths)
+        else:
+            advantage = torch.full(tokens.shape, leaf.advantage)
+        weight = trained.float()
+        if config.loss_scale == "sequence_mean":
+            weight /= weight.sum().clamp(min=1)
+        rows.append(PolicyRow(tokens, trained, sampler_logprob, advantage, weight))
+    return rows
+
+
+def _segment_columns(segment: Segment, prompt_id: str, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, trained and sampler_logprob of one segment."""
+    tokens = torch.tensor(segment.tokens, dtype=torch.int64)
+    if segment.logprobs:
+        logprob = torch.tensor(segment.logprobs, dtype=torch.float32)
+    elif segment.sampled and segment.tokens and config.old_logprob == "sampler":
+        raise ValueError(
+            f"tree {prompt_id!r} has a sampled segment without logprobs; "
+            "expected the sampler's, or train.old_logprob=trainer"
+        )
+    else:
+        logprob = torch.full(tokens.shape, torch.nan)
+    return tokens, torch.full(tokens.shape, segment.sampled), logprob
+
+
+def micro_batches(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int) -> list[PolicyBatch]:
+    """Rows sorted by length, `micro_batch_rows` to each; how they are cut does not change the loss."""
+    rows, size = sorted(rows, key=lambda row: len(row.tokens)), config.micro_batch_rows
+    return [policy_batch(rows[i : i + size], config, pad_token) for i in range(0, len(rows), size)]
+
+
+def policy_batch(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int) -> PolicyBatch:
+    text = token_batch(rows, pad_token)
+    sampler_logprob, advantage, weight = (
+        _padded([getattr(row, name) for row in rows], 0.0)[:, text.keep + 1]
+        for name in ("sampler_logprob", "advantage", "weight")
+    )
+    old_logprob = sampler_logprob if config.old_logprob == "sampler" else None
+    return PolicyBatch(text, sampler_logprob, advantage, weight, old_logprob)
+
+
+def token_batch(rows: Sequence[Row], pad_token: int) -> TokenBatch:
+    tokens = _padded([row.tokens for row in rows], pad_token)
+    trained = _padded([row.trained for row in rows], False)
+    keep = trained.any(dim=0).nonzero()[:, 0] - 1
+    return TokenBatch(tokens, keep, tokens[:, keep + 1], trained[:, keep + 1])
+
+
+def weightless_batch(pad_token: int) -> PolicyBatch:
+    """Two tokens, one position, nothing trained: what a rank runs while another still has micro-batches."""
+    tokens, zero = torch.full((1, 2), pad_token), torch.zeros(1, 1)
+    text = TokenBatch(tokens, torch.tensor([0]), tokens[:, 1:], torch.zeros(1, 1, dtype=torch.bool))
+    return PolicyBatch(text, zero, zero, zero)
+
+
+def _padded(columns: Sequence[Tensor], fill: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(columns), batch_first=True, padding_value=fill)

@@ -1,0 +1,209 @@
+"""The policy update: forward, fused statistics, loss, backward, clip, AdamW.
+
+Which old log-probability the ratio is taken against (`train.old_logprob`):
+
+sampler: ratio = p_trainer / p_sampler, both at the sampling temperature. It corrects for the old policy and for the
+numerical gap between sampler and trainer at once and costs no extra forward. As in truncated importance sampling the
+ratio is cut at `importance_cap` C with its gradient kept: a token contributes min(ratio, C) * A * grad log p, never
+more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not.
+
+trainer: the ratio is taken against the trainer's own log-probability before the first update of the step, as in the
+published code; the sampler's gap is measured and not corrected. With one update per step the ratio is 1 and its
+gradient that of log p, so no forward is spent on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from arpo_ext import ops
+from arpo_ext.config import SftConfig, TrainConfig
+from arpo_ext.errors import ModelError
+from arpo_ext.training.batch import PolicyBatch, TokenBatch, Update, weightless_batch
+
+Batch = TypeVar("Batch")
+
+
+def prepare(
+    model: nn.Module, settings: TrainConfig | SftConfig
+) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
+    """Accelerator, and the model and its AdamW wrapped for however many processes were launched."""
+    model.train()
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def token_statistics(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [B, P] at `temperature`, float32, 0 where `batch.mask` is False.
+
+    Logits are made only at `batch.keep`: prompts and tool results that all rows share cost no vocabulary-sized memory.
+    """
+    logits = model(input_ids=batch.tokens, logits_to_keep=batch.keep, use_cache=False).logits
+    return ops.logprob_entropy(logits, batch.labels, temperature=temperature, mask=batch.mask)
+
+
+def until_synchronised(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches of one update, in a context where gradients cross ranks with the last of them only.
+
+    Run forward and `backward_sum` inside the loop. Every rank must bring the same number of batches.
+    """
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            yield batch
+
+
+def backward_sum(accelerator: Accelerator, loss: Tensor) -> None:
+    """Add the gradient of the sum of `loss` over the ranks; DDP takes the mean, hence the factor."""
+    accelerator.backward(loss * accelerator.num_processes)
+
+
+def apply_gradients(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float
+) -> float:
+    """Clip, step, clear. Returns the norm before clipping; ModelError, weights untouched, if it is not finite."""
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), grad_clip))
+    if not math.isfinite(norm):
+        raise ModelError(
+            f"the gradient norm is {norm}; expected a finite one (lower the learning rate or check the data)"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def policy_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    updates: Sequence[Update],
+    config: TrainConfig,
+    *,
+    temperature: float,
+    pad_token: int,
+) -> dict[str, float]:
+    """Run the updates of one step. Returns the `train/*` metrics over all ranks; NaN where nothing was trained.
+
+    Entropy and sampler gap are means over the trained tokens of rows with a non-zero advantage. The gap is taken in the
+    first update, before any weight has moved. An update in which no rank has a row is skipped; if all are, the metrics
+    are those of a few rows without advantage.
+    """
+    if config.old_logprob == "trainer" and len(updates) > 1:
+        updates = [_with_trainer_logprobs(accelerator, model, update, temperature) for update in updates]
+    records: list[list[dict[str, Tensor]]] = []
+    norms: list[float] = []
+    for update in updates:
+        count = int(global_max(accelerator, [len(update.micro_batches)])[0])
+        (normalizer,) = global_sum(accelerator, [update.normalizer])
+        if count == 0:
+            continue
+        padding = [weightless_batch(pad_token)] * (count - len(update.micro_batches))
+        records.append([])
+        for batch in until_synchronised(accelerator, model, [*update.micro_batches, *padding]):
+            loss, statistics = batch_loss(model, batch.to(accelerator.device), config, normalizer, temperature)
+            backward_sum(accelerator, loss)
+            records[-1].append(statistics)
+        norms.append(apply_gradients(accelerator, model, optimizer, config.grad_clip))
+    if not records:
+        with torch.no_grad():
+            _, statistics = batch_loss(model, updates[0].spare.to(accelerator.device), config, 1.0, temperature)
+        records, norms = [[statistics]], [0.0]
+    return _metrics(accelerator, records, norms)
+
+
+def batch_loss(
+    model: nn.Module, batch: PolicyBatch, config: TrainConfig, normalizer: float, temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one micro-batch, 0-d with gradient, and 0-d statistics: sums, and maxima under names ending in _max."""
+    text = batch.text
+    logprob, entropy = token_statistics(model, text, temperature)
+    current = logprob.detach()
+    old = current if batch.old_logprob is None else batch.old_logprob
+    # What the clip sees; raising the old log-probability keeps the gradient, cutting the ratio itself would lose it.
+    base = torch.maximum(old, current - math.log(config.importance_cap)) if config.old_logprob == "sampler" else old
+    loss, sums = ops.policy_loss(
+        logprob.reshape(-1),
+        base.reshape(-1),
+        batch.advantage.reshape(-1),
+        batch.weight.reshape(-1),
+        normalizer=normalizer,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        clip="ppo" if config.dual_clip is None else "dual",
+    )
+    measured = text.mask & batch.sampler_logprob.isfinite()
+    gap = torch.where(measured, (current - batch.sampler_logprob).abs(), 0.0)
+    return loss, {
+        "loss": loss.detach(),
+        "tokens": text.mask.sum(),
+        "entropy": entropy.detach().sum(),
+        "weight": sums.weight,
+        "clipped": sums.clipped,
+        "gap": gap.sum(),
+        "gap_tokens": measured.sum(),
+        "gap_max": gap.max(),
+        "log_ratio_max": torch.where(text.mask, current - old, -torch.inf).max(),
+    }
+
+
+def global_sum(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Sum of each value over the ranks."""
+    local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(local).sum(dim=0).tolist()
+
+
+def global_max(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Largest of each value over the ranks."""
+    local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(local).amax(dim=0).tolist()
+
+
+def _with_trainer_logprobs(accelerator: Accelerator, model: nn.Module, update: Update, temperature: float) -> Update:
+    filled = []
+    with torch.no_grad():
+        for batch in update.micro_batches:
+            logprob, _ = token_statistics(model, batch.text.to(accelerator.device), temperature)
+            filled.append(replace(batch, old_logprob=logprob))
+    return replace(update, micro_batches=filled)
+
+
+def _metrics(
+    accelerator: Accelerator, records: Sequence[Sequence[dict[str, Tensor]]], norms: Sequence[float]
+) -> dict[str, float]:
+    """The statistics of every batch of every update, over all ranks; the gap is that of the first update."""
+    everything = [statistics for record in records for statistics in record]
+    values = [_total(everything, name) for name in ("loss", "tokens", "entropy", "weight", "clipped")]
+    values += [_total(records[0], name) for name in ("gap", "gap_tokens")]
+    loss, tokens, entropy, weight, clipped, gap, gap_tokens = global_sum(accelerator, values)
+    maxima = [_largest(records[0], "gap_max"), _largest(everything, "log_ratio_max")]
+    gap_max, log_ratio_max = global_max(accelerator, maxima)
+    return {
+        "train/loss": loss / len(records),
+        "train/grad_norm": sum(norms) / len(norms),
+        "train/clip_fraction": clipped / weight if weight else math.nan,
+        "train/entropy": entropy / tokens if tokens else math.nan,
+        "train/logprob_gap_mean": gap / gap_tokens if gap_tokens else math.nan,
+        "train/logprob_gap_max": gap_max if gap_tokens else math.nan,
+        # Beyond e^700 a float overflows.
+        "train/ratio_max": math.exp(min(log_ratio_max, 700.0)) if tokens else math.nan,
+    }
+
+
+def _total(statistics: Sequence[dict[str, Tensor]], name: str) -> float:
+    return float(torch.stack([s[name] for s in statistics]).sum(dtype=torch.float64))
+
+
+def _largest(statistics: Sequence[dict[str, Tensor]], name: str) -> float:
+    return float(torch.stack([s[name] for s in statistics]).max())

@@ -1,0 +1,157 @@
+"""Checkpoints are whole or ignored, restore every bit of state, and refuse another run."""
+
+import json
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from arpo_ext.config import TrainConfig
+from arpo_ext.errors import CheckpointError
+from arpo_ext.training import checkpoint
+from arpo_ext.training.step import prepare
+
+IDENTITY = {"seed": 1}
+
+
+def parts(*, seed=0, lr=1e-3, tied=True):
+    accelerator, model, optimizer = prepare(tiny_model(seed=seed, tied=tied), TrainConfig(lr=lr))
+    return {"accelerator": accelerator, "model": model, "optimizer": optimizer}
+
+
+def descend(own, times=3):
+    """A few optimiser steps on drawn tokens, so that moments and generators are not at their start."""
+    for _ in range(times):
+        tokens = torch.randint(5, 30, (2, 6))
+        own["model"](input_ids=tokens).logits.square().mean().backward()
+        own["optimizer"].step()
+        own["optimizer"].zero_grad()
+
+
+def save(folder, own, step=3):
+    state = checkpoint.RunState(step, 10 * step)
+    return checkpoint.save(folder, state, IDENTITY, tokenizer=tiny_tokenizer(), **own)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_restored_run_goes_on_with_the_same_bits(tmp_path, tied):
+    own = parts(tied=tied)
+    descend(own)
+    random.seed(3), np.random.seed(3)
+    np.random.standard_normal()
+    path = save(tmp_path, own)
+    descend(own)
+    expected = (random.random(), np.random.standard_normal(), torch.rand(3).tolist())
+
+    other = parts(seed=9, tied=tied)
+    assert checkpoint.latest(tmp_path) == path
+    assert checkpoint.load(path, IDENTITY, **other) == checkpoint.RunState(3, 30)
+    checkpoint.load_rng(path, other["accelerator"])
+    descend(other)
+    assert (random.random(), np.random.standard_normal(), torch.rand(3).tolist()) == expected
+    for (name, a), b in zip(own["model"].state_dict().items(), other["model"].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_model_folder_inside_is_usable_by_itself(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own = parts()
+    path = save(tmp_path, own)
+    loaded = AutoModelForCausalLM.from_pretrained(path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), own["model"].parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(path / "model")("a<tool>")["input_ids"] == [5, 3]
+
+
+def test_a_resumed_run_may_change_the_learning_rate(tmp_path):
+    path = save(tmp_path, parts(lr=1e-3))
+    other = parts(lr=5e-4)
+    checkpoint.load(path, IDENTITY, **other)
+    assert [group["lr"] for group in other["optimizer"].param_groups] == [5e-4]
+
+
+def test_incomplete_checkpoints_are_passed_over_and_named(tmp_path, caplog):
+    own = parts()
+    good = save(tmp_path, own, step=1)
+    for step, damage in ((2, "cut"), (3, "state"), (4, "missing"), (5, "other version")):
+        path = save(tmp_path, own, step=step)
+        if damage == "cut":
+            (path / "optimizer.pt").write_bytes((path / "optimizer.pt").read_bytes()[:100])
+        elif damage == "state":
+            (path / "state.json").write_text("{")
+        elif damage == "missing":
+            (path / "model" / "model.safetensors").unlink()
+        else:
+            row = json.loads((path / "state.json").read_text())
+            (path / "state.json").write_text(json.dumps({**row, "version": 0}))
+    (tmp_path / "checkpoints" / "step_000009.tmp").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest(tmp_path) == good
+    messages = [record.getMessage() for record in caplog.records]
+    reasons = (
+        "its writing was cut off",
+        "format version 0",
+        "model.safetensors is missing",
+        "state.json",
+        "optimizer.pt",
+    )
+    assert len(messages) == 5
+    for message, reason in zip(messages, reasons, strict=True):
+        assert "is incomplete" in message
+        assert reason in message
+
+
+def test_a_save_that_dies_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    own = parts()
+    good = save(tmp_path, own, step=1)
+
+    def dies(*arguments, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dies)
+        with pytest.raises(OSError, match="disk full"):
+            save(tmp_path, own, step=2)
+    assert checkpoint.latest(tmp_path) == good
+    # The next try does not trip over what was left.
+    assert checkpoint.latest(tmp_path) != save(tmp_path, own, step=2) == checkpoint.latest(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_saving_again_replaces(tmp_path):
+    own = parts()
+    save(tmp_path, own)
+    descend(own)
+    path = save(tmp_path, own)
+    other = parts(seed=4)
+    checkpoint.load(path, IDENTITY, **other)
+    assert all(torch.equal(a, b) for a, b in zip(own["model"].parameters(), other["model"].parameters(), strict=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000003"]
+
+
+def test_the_final_model_folder_is_replaced_whole(tmp_path):
+    own = parts()
+    keep = {"accelerator": own["accelerator"], "model": own["model"], "tokenizer": tiny_tokenizer()}
+    for _ in range(2):
+        checkpoint.save_model(tmp_path / "model", **keep)
+        (tmp_path / "model" / "stale").touch()
+    checkpoint.save_model(tmp_path / "model", **keep)
+    assert not (tmp_path / "model" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_foreign_checkpoints_are_refused(tmp_path, monkeypatch):
+    own = parts()
+    path = save(tmp_path, own)
+    with pytest.raises(CheckpointError, match="was made with seed 1; this run has 2"):
+        checkpoint.load(path, {"seed": 2}, **own)
+    monkeypatch.setattr(type(own["accelerator"]), "num_processes", 4)
+    with pytest.raises(CheckpointError, match="is of 1 processes; this run has 4"):
+        checkpoint.load_rng(path, own["accelerator"])
+
+
+def test_no_checkpoints_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
