@@ -266,7 +266,7 @@ def test_page_of_a_supervised_run(tmp_path):
     page = Page(write_report(tmp_path))
     assert "<figcaption>Loss of the supervised start</figcaption>" in page.source
     assert "Not logged in this run: Accuracy on held-out questions; Reward of the rollouts" in page.text
-    assert final_table(tmp_path).splitlines()[-1] == "sft: 199 steps, loss 4.779 -> 0.034"
+    assert final_table(tmp_path).splitlines()[-1] == "loss of the supervised start: 4.779 -> 0.034"
 
 
 def test_a_file_that_is_being_written_is_readable(run_dir):

@@ -97,8 +97,10 @@ def test_final_table_of_one_evaluation_and_of_none(tmp_path):
     write_metrics(tmp_path, {"step": 0, "eval/a/sampled/accuracy": 0.5})
     assert final_table(tmp_path).splitlines()[2].split() == ["a", "sampled", "0", "0.500", "-", "-", "-", "-"]
     write_metrics(tmp_path, {"step": 1, "train/seconds": 1.25, "rollout/forks": 3}, {"step": 2, "rollout/forks": 4})
-    assert final_table(tmp_path) == "no evaluation in this run\ntraining: 1 steps, 7 forks, 1.2 s of training"
-    assert totals(read_run(tmp_path)) == {"forks": "7", "training": "1.2 s"}
+    assert final_table(tmp_path) == "no evaluation in this run\ntraining: 1 step\nforks: 7\ntime of training: 1.2 s"
+    assert totals(read_run(tmp_path)) == {"forks": "7", "time of training": "1.2 s"}
+    write_metrics(tmp_path, {"step": 0, "rollout/forks": 3, "time_s": 4.25})
+    assert final_table(tmp_path).splitlines()[1:] == ["rollout: 1 step", "forks: 3", "wall time: 4.2 s"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,9 @@ def test_ticks_are_round(span, step):
     assert nice_step(span) == pytest.approx(step)
 
 
-@pytest.mark.parametrize("values", [[3.0], [0.0], [-2.0, -1.0], [1e-9, 2e-9], [5.0, 5.0 + 1e-13], [-1e6, 1e6]])
+@pytest.mark.parametrize(
+    "values", [[3.0], [0.0], [0.0, 3.3], [-2.0, -1.0], [1e-9, 2e-9], [5.0, 5.0 + 1e-13], [-1e6, 1e6]]
+)
 def test_axis_holds_its_values(values):
     axis = y_axis(values, log=False)
     assert axis.low <= min(values) <= max(values) <= axis.high

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from arpo_ext.evaluation.report_data import Run, read_run
 from arpo_ext.evaluation.report_plots import entropy_panel, panels
-from arpo_ext.evaluation.report_table import MEASURES, eval_rows, final_table, number, totals, with_error
+from arpo_ext.evaluation.report_table import MEASURES, eval_rows, final_table, number, steps_done, totals, with_error
 from arpo_ext.evaluation.report_trees import POSITIONS, Forest, add_tools, read_forest
 from arpo_ext.evaluation.report_view import shade_limit, views
 
@@ -113,13 +113,8 @@ def _setting_text(value: Any) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
     """The run's figures for the head of the page: a number and what it counts."""
-    steps = run.steps("train/") or run.steps("rollout/")
-    tiles = [(f"{len(steps):,}", "training steps")] if steps else []
-    tiles += [(text, label) for label, text in totals(run).items()]
-    sft = run.series.get("sft/loss")
-    if sft is not None:
-        tiles.append((f"{sft.steps[-1]:,}", "supervised steps"))
-    return tiles
+    steps = [(f"{n:,}", f"{kind} {'step' if n == 1 else 'steps'}") for kind, n in steps_done(run).items()]
+    return steps + [(text, label) for label, text in totals(run).items()]
 
 
 def _tool_rows(forest: Forest) -> list[dict[str, Any]]:

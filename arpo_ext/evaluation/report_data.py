@@ -34,12 +34,16 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What `config.yaml` and `metrics.jsonl` of a run folder say; `notes` are faults a reader should know of."""
+    """What `config.yaml` and `metrics.jsonl` of a run folder say.
+
+    wall_s: seconds from the start of the run to its last record. notes: faults a reader should know of.
+    """
 
     path: Path
     config: Mapping[str, Any]
     config_text: str
     series: Mapping[str, Series]
+    wall_s: float
     notes: tuple[str, ...]
 
     def setting(self, key: str) -> Any:
@@ -105,14 +109,15 @@ def read_run(run_dir: str | Path) -> Run:
         raise DataError(f"folder {path} is no run folder; expected {CONFIG}, {METRICS} or {TREES} in it")
     config, config_text, notes = _read_config(path / CONFIG)
     series: dict[str, Series] = {}
+    wall_s = 0.0
     if (path / METRICS).is_file():
         lines = JsonLines(path / METRICS)
-        series = _read_series(lines)
+        series, wall_s = _read_metrics(lines)
         notes += lines.note()
     else:
         notes.append(f"{METRICS} is missing: no curves and no results")
     notes += _not_finite(series)
-    return Run(path=path.resolve(), config=config, config_text=config_text, series=series, notes=tuple(notes))
+    return Run(path.resolve(), config, config_text, series, wall_s, tuple(notes))
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str, list[str]]:
@@ -129,22 +134,27 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str, list[str]]:
     return config, text, []
 
 
-def _read_series(lines: JsonLines) -> dict[str, Series]:
+def _read_metrics(lines: JsonLines) -> tuple[dict[str, Series], float]:
+    """The series by metric name, and the greatest `time_s`."""
     values: dict[str, dict[int, float]] = {}
+    wall_s = 0.0
     for _, row in lines:
         step = row.get("step")
         if not isinstance(step, int):
             lines.broken += 1
             continue
+        if isinstance(row.get("time_s"), int | float):
+            wall_s = max(wall_s, row["time_s"])
         for key, value in row.items():
             if key in ("step", "kind", "time_s") or isinstance(value, bool):
                 continue
             if value is None or isinstance(value, int | float):
                 values.setdefault(key, {})[step] = math.nan if value is None else float(value)
-    return {
+    series = {
         key: Series(steps=tuple(sorted(by_step)), values=tuple(by_step[step] for step in sorted(by_step)))
         for key, by_step in values.items()
     }
+    return series, wall_s
 
 
 def _not_finite(series: Mapping[str, Series]) -> list[str]:

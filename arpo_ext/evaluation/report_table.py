@@ -22,7 +22,11 @@ TOTALS = {
     "rollout/forks": "forks",
     "rollout/fresh_paths": "fresh paths",
 }
-SECONDS = {"rollout/seconds": "rollouts", "train/seconds": "training", "push/seconds": "weight pushes"}
+SECONDS = {
+    "rollout/seconds": "time of rollouts",
+    "train/seconds": "time of training",
+    "push/seconds": "time of weight pushes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +80,25 @@ def _at(series: Series | None, step: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def totals(run: Run) -> dict[str, str]:
-    """What all training steps together did and took, as text by label; what was never logged is left out.
+def steps_done(run: Run) -> dict[str, int]:
+    """How many steps of each kind the run logged, the kinds it did not do left out."""
+    train, rollout, sft = (run.steps(prefix) for prefix in ("train/", "rollout/", "sft/"))
+    # Training logs rollout metrics of its own; without training they are a bare rollout.
+    counts = {"training": len(train), "rollout": 0 if train else len(rollout), "supervised": sft[-1] if sft else 0}
+    return {kind: count for kind, count in counts.items() if count}
 
-    Labels are the values of TOTALS (counts) and of SECONDS (durations, "12.3 s").
+
+def totals(run: Run) -> dict[str, str]:
+    """What all steps together did and took, as text by label; what was never logged is left out.
+
+    Labels are the values of TOTALS (counts) and of SECONDS (durations, "12.3 s"), and "wall time".
     """
     texts = {}
     for key, label in {**TOTALS, **SECONDS}.items():
         value = run.total(key)
         if value is not None:
             texts[label] = f"{value:,.1f} s" if key in SECONDS else f"{value:,.0f}"
-    return texts
+    return {**texts, "wall time": f"{run.wall_s:,.1f} s"} if run.wall_s else texts
 
 
 def number(value: float | None) -> str:
@@ -106,20 +118,19 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def final_table(run_dir: str | Path) -> str:
-    """The results of a run as plain text: one line per evaluation set and mode, then the cost of training.
+    """The results of a run as plain text: one line per evaluation set and mode, then the work and its cost.
 
     `a -> b` is the first and the last evaluation; `±` is one standard error. DataError if `run_dir` is no run folder.
     """
     run = read_run(run_dir)
     rows = eval_rows(run)
     lines = _eval_lines(rows) if rows else ["no evaluation in this run"]
-    cost = [f"{text} {'of ' * (label in SECONDS.values())}{label}" for label, text in totals(run).items()]
-    steps = run.steps("train/") or run.steps("rollout/")
-    if steps:
-        lines.append(", ".join([f"training: {len(steps)} steps", *cost]))
-    sft = run.series.get("sft/loss")
-    if sft is not None and sft.finite:
-        lines.append(f"sft: {sft.steps[-1]} steps, loss {number(sft.finite[0])} -> {number(sft.finite[-1])}")
+    for kind, count in steps_done(run).items():
+        lines.append(f"{kind}: {count:,} {'step' if count == 1 else 'steps'}")
+    lines += [f"{label}: {text}" for label, text in totals(run).items()]
+    loss = run.series.get("sft/loss")
+    if loss is not None and loss.finite:
+        lines.append(f"loss of the supervised start: {number(loss.finite[0])} -> {number(loss.finite[-1])}")
     return "\n".join(lines)
 
 
