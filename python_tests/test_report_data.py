@@ -64,10 +64,10 @@ def test_series_are_sorted_and_the_later_line_of_a_step_counts(tmp_path):
 
 
 def test_values_that_are_not_finite_are_named(tmp_path):
-    write_metrics(tmp_path, {"step": 1, "a": math.nan, "b": 1.0}, {"step": 2, "a": None, "b": math.inf})
+    write_metrics(tmp_path, {"step": 1, "a": math.nan, "b": 1.0}, {"step": 2, "a": None, "b": math.inf, "c": None})
     run = read_run(tmp_path)
-    assert "a is not finite at 2 steps, first 1" in run.notes
-    assert "b is not finite at step 2" in run.notes
+    assert "no finite value at 2 steps, first 1: a" in run.notes
+    assert "no finite value at step 2: b, c" in run.notes
     assert run.total("b") == 1.0
 
 

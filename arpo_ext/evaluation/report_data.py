@@ -158,10 +158,14 @@ def _read_metrics(lines: JsonLines) -> tuple[dict[str, Series], float]:
 
 
 def _not_finite(series: Mapping[str, Series]) -> list[str]:
-    notes = []
+    """One note for all metrics that lack a finite value at the same steps, as those of an empty update do."""
+    keys: dict[tuple[int, ...], list[str]] = {}
     for key, one in series.items():
-        steps = [step for step, value in zip(one.steps, one.values, strict=True) if not math.isfinite(value)]
+        steps = tuple(step for step, value in zip(one.steps, one.values, strict=True) if not math.isfinite(value))
         if steps:
-            where = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, first {steps[0]}"
-            notes.append(f"{key} is not finite at {where}")
-    return notes
+            keys.setdefault(steps, []).append(key)
+    return [
+        f"no finite value at {f'step {steps[0]}' if len(steps) == 1 else f'{len(steps)} steps, first {steps[0]}'}: "
+        + ", ".join(names)
+        for steps, names in keys.items()
+    ]
