@@ -180,6 +180,7 @@ def test_page_shows_the_run(run_dir):
     totals = {"tool calls": "2,922", "sampled tokens": "48,078", "forks": "282", "training steps": "12"}
     for label, value in totals.items():
         assert f"<b>{value}</b><span>{label}</span>" in page.source
+    assert "<span>rollout.policy <b>paper</b></span>" in page.source
     assert "0.362 ±0.034 → 0.912 ±0.034" in words
     assert "rollout.initial_paths8" in words.replace(" ", "")
     for title in ("Policy loss", "Gradient norm", "Token entropy", "Tool calls per step", "Time per step"):

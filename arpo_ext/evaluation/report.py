@@ -11,6 +11,7 @@ import base64
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from arpo_ext.evaluation.report_view import shade_limit, views
 __all__ = ["final_table", "write_report"]
 
 REPORT = "report.html"
+HEAD = (
+    *("model.path", "rollout.policy", "rollout.paths", "rollout.initial_paths", "rollout.probe_tokens"),
+    *("train.estimator", "train.credit", "train.lr", "seed"),
+)
 SETTINGS = {
     "Model": ("model.path", "model.dtype", "seed"),
     "Data": ("data.train", "data.eval", "tools"),
@@ -74,7 +79,8 @@ def render(run: Run, forest: Forest) -> str:
         style=Markup(_source(environment, "report.css")),
         script=Markup(script),
         script_hash=digest,
-        settings=_settings(run),
+        head=_named(run, HEAD),
+        settings={section: named for section, keys in SETTINGS.items() if (named := _named(run, keys))},
         tiles=_tiles(run),
         measures=MEASURES,
         evaluations=eval_rows(run),
@@ -95,14 +101,9 @@ def _source(environment: Environment, name: str) -> str:
     return environment.loader.get_source(environment, name)[0]
 
 
-def _settings(run: Run) -> dict[str, list[tuple[str, str]]]:
-    """The settings worth a line, by section, under their keys; the whole configuration follows on the page."""
-    listed = {}
-    for section, keys in SETTINGS.items():
-        found = [(key, _setting_text(run.setting(key))) for key in keys if run.setting(key) is not None]
-        if found:
-            listed[section] = found
-    return listed
+def _named(run: Run, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Those of the settings that the run has, each under its key."""
+    return [(key, _setting_text(run.setting(key))) for key in keys if run.setting(key) is not None]
 
 
 def _setting_text(value: Any) -> str:
