@@ -1,0 +1,18 @@
+"""Benchmarks of the ops: `arpo-ext bench [op ...]`, or `python -m benchmarks.bench_<op>` in a checkout.
+
+Installed as `arpo_ext.benchmarks`, hence the relative imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Each has a module bench_<op>.
+BENCHES = ("logprob_entropy",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks named in `argv` (all without names); options in `_harness`. Returns the exit code."""
+    from . import _harness
+
+    return _harness.main(argv, BENCHES)
