@@ -11,10 +11,10 @@ is ours and the others are compared with it. `options.smoke` asks for small shap
 op should take seconds, because the tests run it.
 
 The protocol, the same for all: each provider is set up untimed (compile, allocate, warm up) and its result is checked
-against the case's reference; a wrong result ends the run with exit code 1. Then rounds: each round times every provider
-once, and the machine's read bandwidth once, in rotating order, so that a disturbance hits all alike. Short calls are repeated within a
-sample. Reported are the 20th, 50th and 80th percentile; GB/s are the counted bytes (what the op must move, not what a
-provider happens to move) over the median. A provider that cannot run is listed with its reason.
+against the case's reference; a wrong result ends the run with exit code 1. Then rounds, in rotating order: each round
+times every provider once, and the machine's read bandwidth once, so that a disturbance hits all alike. Short calls are
+repeated within a sample. Reported are the 20th, 50th and 80th percentile; GB/s are the counted bytes (what the op must
+move, not what a provider happens to move) over the median. A provider that cannot run is listed with its reason.
 
 Left out: clock control, cache flushing (say so where the data fits a cache), energy.
 """
