@@ -39,6 +39,7 @@ EXTRAS = {
     "rewards/math_equal.py": {"math_verify", "sympy"},
     "rollout/vllm_entropy.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},
+    "rollout/vllm_worker.py": {"vllm"},
     "evaluation/report.py": {"jinja2", "markupsafe"},
     "evaluation/report_charts.py": {"markupsafe"},
     "evaluation/report_plots.py": {"markupsafe"},

@@ -32,13 +32,22 @@ class EntropyLog:
         return row * self.columns + column
 
     @torch.no_grad()
-    def record(self, logits: torch.Tensor, cells: torch.Tensor, temperature: float | torch.Tensor) -> None:
+    def record(
+        self,
+        logits: torch.Tensor,
+        cells: torch.Tensor,
+        temperature: float | torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> None:
         """Store the entropies of softmax(logits / temperature).
 
         logits: [B, V], -inf where a token is not allowed. cells: [B] int64 on the same device. temperature: a number
-        or [B] float32 on the same device.
+        or [B] float32 on the same device. mask: [B] bool, rows that are not read (their cell: `discard`).
         """
-        self._flat[cells] = ops.entropy(logits, temperature=temperature)
+        entropy = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        # Once a token: torch's dispatcher alone would cost more than a small row does.
+        ops.logprob_entropy_into(logits, entropy=entropy, temperature=temperature, mask=mask)
+        self._flat[cells] = entropy
 
     def read(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
         """The first counts[i] entropies of each rows[i]: one copy to the host for all of them."""

@@ -1,0 +1,229 @@
+"""The sampler on vLLM's engine, in this process: one `step` decodes one token of every open request.
+
+Left out here: entropies (`vllm_entropy`), which requests to make (`collect`), tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from arpo_ext.config import EngineConfig, RolloutConfig
+from arpo_ext.errors import ConfigError, SamplerError
+from arpo_ext.render import Renderer
+from arpo_ext.rollout.sampler import Completion, Probe, SampleRequest
+from arpo_ext.types import StopReason
+
+# Read while vLLM is imported; what the user has set stays. The engine in this process: weights are pushed without a
+# copy through a pipe, and `step` returns as soon as a token of every request is there.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from arpo_ext.rollout.vllm_entropy import COLUMNS, ENTROPY_PROCESSOR, entropy_args
+from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION
+
+
+@dataclass
+class _Running:
+    request: SampleRequest
+    row: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class VllmSampler:
+    """`Sampler` over vLLM.
+
+    model_path: Hugging Face folder, sampled in the dtype it is stored in. renderer: says where a call ends. seed: of
+    the engine; each request brings its own, so draws do not depend on what is decoded beside them.
+
+    Starting the engine reseeds torch, numpy and random, as vLLM does. ConfigError on a `logit_bias` that names no
+    single token or lies outside [-100, 100].
+    """
+
+    def __init__(
+        self, model_path: str | Path, engine: EngineConfig, rollout: RolloutConfig, renderer: Renderer, seed: int
+    ) -> None:
+        self.max_model_len = engine.max_model_len
+        self._rollout = rollout
+        self._columns = min(
+            engine.max_model_len,
+            max(rollout.probe_tokens, rollout.max_response_tokens if rollout.entropies == "all" else 0),
+        )
+        self._tool_stops = {*renderer.stop_token_ids, *renderer.stop_strings}
+        self._params = {
+            "stop_token_ids": [*renderer.stop_token_ids, *renderer.eos_token_ids],
+            "stop": renderer.stop_strings,
+            "include_stop_str_in_output": True,
+            # Only stop strings need the text; the tokens are all that is kept.
+            "detokenize": bool(renderer.stop_strings),
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "logit_bias": _bias_by_token(rollout.logit_bias, renderer) or None,
+            "output_kind": RequestOutputKind.DELTA,
+        }
+        self._llm = _start_engine(model_path, engine, self._columns, seed)
+        self._engine = self._llm.llm_engine
+        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
+        # The engine never holds more requests than it decodes at once, so the row of the entropy log that a request
+        # writes to is its alone until it is read.
+        self._rows = list(range(engine.max_num_seqs))
+        self._queue: deque[SampleRequest] = deque()
+        self._running: dict[str, _Running] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._queue) + len(self._running)
+
+    def submit(self, request: SampleRequest) -> None:
+        """ValueError if the request does not fit `max_model_len`."""
+        if request.max_tokens < 1 or len(request.tokens) + request.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"request {request.id} has {len(request.tokens)} tokens and asks for {request.max_tokens} more; "
+                f"expected at least 1 and {self.max_model_len} (engine.max_model_len) together"
+            )
+        self._queue.append(request)
+
+    def step(self) -> list[Probe | Completion]:
+        while self._queue and self._rows:
+            self._start(self._queue.popleft())
+        finished: list[tuple[_Running, StopReason]] = []
+        probed: list[_Running] = []
+        for output in self._engine.step():
+            running = self._running.get(output.request_id)
+            if running is None:
+                continue
+            (delta,) = output.outputs
+            running.tokens += delta.token_ids
+            running.logprobs += [e[t].logprob for t, e in zip(delta.token_ids, delta.logprobs, strict=True)]
+            if output.finished:
+                finished.append((running, self._stop_reason(delta)))
+            elif len(running.tokens) == running.request.probe_tokens:
+                probed.append(running)
+        return self._report(probed, finished)
+
+    def abort(self, id: int) -> None:
+        self._queue = deque(request for request in self._queue if request.id != id)
+        running = self._running.pop(str(id), None)
+        if running is not None:
+            self._engine.abort_request([str(id)])
+            self._rows.append(running.row)
+
+    def push_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load weights under their checkpoint names, then forget every cached prefix."""
+        self._require_idle("weights cannot be pushed")
+        # A tied lm_head is the embedding; loading it under its own name writes the same memory twice. Clones, because
+        # the engine may keep what it is given while the trainer goes on.
+        checkpoint = (
+            (name, tensor.detach().clone()) for name, tensor in weights if not (self._tied and name == "lm_head.weight")
+        )
+        self._llm.collective_rpc("arpo_load_weights", args=(checkpoint,))
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        self._require_idle("the prefix cache cannot be reset")
+        # Without this the first tokens come from the old weights' keys and values.
+        if not self._engine.reset_prefix_cache():
+            raise SamplerError("vLLM refused to reset its prefix cache; expected it to hold no blocks when idle")
+
+    def close(self) -> None:
+        """Stop the engine; the sampler cannot be used afterwards."""
+        self._engine.engine_core.shutdown()
+
+    def _start(self, request: SampleRequest) -> None:
+        running = _Running(request, self._rows.pop())
+        limit = self._columns if self._rollout.entropies == "all" else min(request.probe_tokens, self._columns)
+        params = SamplingParams(
+            temperature=0.0 if request.greedy else self._rollout.temperature,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            extra_args=entropy_args(running.row, limit),
+            **self._params,
+        )
+        self._running[str(request.id)] = running
+        self._engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, params)
+
+    def _report(self, probed: list[_Running], finished: list[tuple[_Running, StopReason]]) -> list[Probe | Completion]:
+        """Events with their entropies, read in one copy; the rows of finished requests become free."""
+        counts = [r.request.probe_tokens for r in probed]
+        for running, _ in finished:
+            recorded = self._columns if self._rollout.entropies == "all" else running.request.probe_tokens
+            counts.append(min(len(running.tokens), recorded))
+        rows = [r.row for r in probed] + [r.row for r, _ in finished]
+        if not rows:
+            return []
+        entropies = [tuple(e) for e in self._llm.collective_rpc("arpo_read_entropies", args=(rows, counts))[0]]
+        events: list[Probe | Completion] = [
+            Probe(r.request.id, e) for r, e in zip(probed, entropies[: len(probed)], strict=True)
+        ]
+        for (running, reason), entropy in zip(finished, entropies[len(probed) :], strict=True):
+            del self._running[str(running.request.id)]
+            self._rows.append(running.row)
+            tokens, logprobs = tuple(running.tokens), tuple(running.logprobs)
+            events.append(Completion(running.request.id, tokens, logprobs, entropy, reason))
+        return events
+
+    def _stop_reason(self, output: Any) -> StopReason:
+        if output.finish_reason == "length":
+            return StopReason.LENGTH
+        if output.finish_reason != "stop":
+            raise SamplerError(f"vLLM ended a request with {output.finish_reason!r}; expected 'stop' or 'length'")
+        return StopReason.TOOL if output.stop_reason in self._tool_stops else StopReason.EOS
+
+    def _require_idle(self, refused: str) -> None:
+        if self.num_unfinished:
+            raise SamplerError(f"{refused} with {self.num_unfinished} unfinished requests; expected none")
+
+
+def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, seed: int) -> LLM:
+    on_cpu = current_platform.is_cpu()
+    options: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if on_cpu:
+        # VLLM_CPU_KVCACHE_SPACE, where the user has set it, wins over this in vLLM itself.
+        options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enforce_eager": True}
+    block_size = config.block_size or (32 if on_cpu else None)
+    if block_size is not None:
+        options["block_size"] = block_size
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    llm = LLM(
+        str(model_path),
+        # "auto" would turn a float32 checkpoint into 16 bits.
+        dtype=str(AutoConfig.from_pretrained(model_path).dtype or "auto").removeprefix("torch."),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        seed=seed,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        logits_processors=[ENTROPY_PROCESSOR],
+        worker_extension_cls=WORKER_EXTENSION,
+        additional_config={COLUMNS: columns},
+        **options,
+    )
+    # vLLM's CPU worker replaces torch.set_num_threads, for the whole process, by a function that does nothing.
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(config.threads or threads)
+    return llm
+
+
+def _bias_by_token(bias: dict[str, float], renderer: Renderer) -> dict[int, float]:
+    by_token = {}
+    for text, value in bias.items():
+        ids = renderer.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(f"rollout.logit_bias names {text!r}, which is {len(ids)} tokens; expected exactly one")
+        if not -100 <= value <= 100:
+            raise ConfigError(f"rollout.logit_bias of {text!r} is {value}; expected -100 to 100")
+        by_token[ids[0]] = value
+    return by_token

@@ -1,0 +1,39 @@
+"""What the sampler asks of vLLM's worker, mixed into it as `worker_extension_cls` and called by `collective_rpc`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+from arpo_ext.rollout.vllm_entropy import EntropyProcessor
+
+WORKER_EXTENSION = f"{__name__}.WorkerExtension"
+
+
+class WorkerExtension:
+    """Its names must not be those of vLLM's workers: vLLM refuses to start on a clash."""
+
+    def arpo_read_entropies(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
+        """The first counts[i] entropies in rows[i] of the entropy log."""
+        runner = self.model_runner
+        if hasattr(runner, "input_batch"):
+            processors = runner.input_batch.logitsprocs.all
+        else:
+            processors = runner.sampler.logits_processors
+        (processor,) = (p for p in processors if isinstance(p, EntropyProcessor))
+        return processor.log.read(rows, counts)
+
+    def arpo_load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load weights under their checkpoint names into the running model."""
+        model = self.model_runner.get_model()
+        self.reload_weights(weights_iterator=weights)
+        if not self.model_config.hf_config.tie_word_embeddings:
+            return
+        # On the CPU a layer multiplies with a packed copy of its weight. A tied head shares the embedding's weight,
+        # which was loaded, but its own copy is only packed anew here: without this every logit comes from the head of
+        # the weights before the first push.
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+                layer.quant_method.process_weights_after_loading(layer)
