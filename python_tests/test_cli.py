@@ -24,7 +24,7 @@ def model_folder(tmp_path):
 
 def test_info_names_every_backend_and_why_not(capsys):
     assert main(["info"]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.partition("backends:\n")[2]
     for name, reason in available_backends().items():
         line = next(line for line in printed.splitlines() if line.split()[:1] == [name])
         assert line.endswith("usable" if reason is None else f"not usable: {reason}")
