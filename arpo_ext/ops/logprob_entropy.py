@@ -254,6 +254,8 @@ def _backward_inplace(*args):
     *inputs, stats, grad_logprob, grad_entropy, backend = args
     call = LogitsCall(*inputs)
     choose("logprob_entropy", _BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
+    # Native code writes behind torch's back; this is what makes other users of the logits raise.
+    torch.autograd.graph.increment_version(call.logits)
 
 
 @torch.library.register_fake("arpo_ext::logprob_entropy_backward_")
