@@ -7,10 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "branch_points.h"
 #include "check.h"
 #include "dtype.h"
+#include "group_advantages.h"
 #include "isa.h"
 #include "logprob_entropy.h"
+#include "policy_loss.h"
 
 #ifdef ARPO_HAVE_CUDA
 #include "device_cuda.h"
@@ -157,10 +160,137 @@ void bind_logprob_entropy(py::module_& m) {
     });
 }
 
+BranchPaths branch_paths(Address entropy_now, Address entropy_root, Address tree, Address room, Address key,
+                         Address turn, std::int64_t paths, std::int64_t trees) {
+    return {at<const float>(entropy_now),
+            at<const float>(entropy_root),
+            at<const std::int64_t>(tree),
+            at<const std::int32_t>(room),
+            at<const std::int64_t>(key),
+            at<const std::int32_t>(turn),
+            paths,
+            trees};
+}
+
+BranchRule branch_rule(int policy, double base, double weight, double threshold, std::int32_t width,
+                       std::int64_t seed) {
+    ARPO_CHECK(policy >= 0 && policy <= static_cast<int>(BranchPolicy::chain), "policy code must be 0 to 2, got ",
+               policy);
+    ARPO_CHECK(width >= 0, "width must be at least 0, got ", width);
+    return {static_cast<BranchPolicy>(policy), static_cast<float>(base), static_cast<float>(weight),
+            static_cast<float>(threshold),     width,                    static_cast<std::uint64_t>(seed)};
+}
+
+void bind_branch_points(py::module_& m) {
+    py::class_<BranchPaths>(m, "BranchPaths").def(py::init(&branch_paths));
+    py::class_<BranchRule>(m, "BranchRule").def(py::init(&branch_rule));
+
+    m.def("branch_scores_cpu", [](const BranchRule& rule, const BranchPaths& paths, Address score, Address wish) {
+        py::gil_scoped_release release;
+        branch_scores_cpu(rule, paths, at<float>(score), at<std::int32_t>(wish));
+    });
+    m.def("branch_points_cpu", [](const BranchRule& rule, const BranchPaths& paths, Address children) {
+        py::gil_scoped_release release;
+        branch_points_cpu(rule, paths, at<std::int32_t>(children));
+    });
+#ifdef ARPO_HAVE_CUDA
+    m.def("branch_scores_cuda", [](const BranchRule& rule, const BranchPaths& paths, Address score, Address wish,
+                                   int device, Address stream) {
+        py::gil_scoped_release release;
+        branch_scores_cuda(rule, paths, at<float>(score), at<std::int32_t>(wish), device, at<void>(stream));
+    });
+    m.def("branch_points_cuda",
+          [](const BranchRule& rule, const BranchPaths& paths, Address children, int device, Address stream) {
+              py::gil_scoped_release release;
+              branch_points_cuda(rule, paths, at<std::int32_t>(children), device, at<void>(stream));
+          });
+#endif
+}
+
+Estimator estimator_of(int code) {
+    ARPO_CHECK(code >= 0 && code <= static_cast<int>(Estimator::none), "estimator code must be 0 to 3, got ", code);
+    return static_cast<Estimator>(code);
+}
+
+SegmentTree segment_tree(Address leaf, Address leaf_weight, Address parent, Address leaf_segment, std::int64_t leaves,
+                         std::int64_t segments) {
+    return {at<const float>(leaf),
+            at<const float>(leaf_weight),
+            at<const std::int64_t>(parent),
+            at<const std::int64_t>(leaf_segment),
+            leaves,
+            segments};
+}
+
+void bind_group_advantages(py::module_& m) {
+    py::class_<SegmentTree>(m, "SegmentTree").def(py::init(&segment_tree));
+
+    m.def("group_advantages_cpu",
+          [](int estimator, double eps, Address reward, Address tree, std::int64_t leaves, Address leaf) {
+              const Estimator chosen = estimator_of(estimator);
+              py::gil_scoped_release release;
+              group_advantages_cpu(chosen, eps, at<const float>(reward), at<const std::int64_t>(tree), leaves,
+                                   at<float>(leaf));
+          });
+    m.def("segment_advantages_cpu", [](const SegmentTree& tree, Address segment, Address pair) {
+        py::gil_scoped_release release;
+        segment_advantages_cpu(tree, at<float>(segment), at<float>(pair));
+    });
+#ifdef ARPO_HAVE_CUDA
+    m.def("group_advantages_cuda", [](int estimator, double eps, Address reward, Address tree, std::int64_t leaves,
+                                      Address leaf, int device, Address stream) {
+        const Estimator chosen = estimator_of(estimator);
+        py::gil_scoped_release release;
+        group_advantages_cuda(chosen, eps, at<const float>(reward), at<const std::int64_t>(tree), leaves,
+                              at<float>(leaf), device, at<void>(stream));
+    });
+    m.def("segment_advantages_cuda", [](const SegmentTree& tree, Address segment, Address pair, Address totals,
+                                        int device, Address stream) {
+        py::gil_scoped_release release;
+        segment_advantages_cuda(tree, at<float>(segment), at<float>(pair), at<double>(totals), device,
+                                at<void>(stream));
+    });
+#endif
+}
+
+void bind_policy_loss(py::module_& m) {
+    // normalizer 0: normalizer_value instead. gradient 0: not wanted.
+    m.def("policy_loss_cpu",
+          [](int isa_code, int threads, Address logprob, Address old_logprob, Address advantage, bool advantage_is_pair,
+             Address weight, std::int64_t tokens, Address normalizer, double normalizer_value, int clip,
+             double clip_low, double clip_high, double dual_clip, Address loss, Address sums, Address gradient) {
+              const Isa isa = choose_isa(isa_code);
+              ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+              ARPO_CHECK(clip >= 0 && clip <= static_cast<int>(PolicyClip::dual), "clip code must be 0 or 1, got ",
+                         clip);
+              const PolicyLoss args{at<const float>(logprob),
+                                    at<const float>(old_logprob),
+                                    at<const float>(advantage),
+                                    advantage_is_pair,
+                                    at<const float>(weight),
+                                    tokens,
+                                    at<const double>(normalizer),
+                                    normalizer_value,
+                                    static_cast<PolicyClip>(clip),
+                                    clip_low,
+                                    clip_high,
+                                    dual_clip,
+                                    at<float>(loss),
+                                    at<double>(sums),
+                                    at<float>(gradient),
+                                    threads};
+              py::gil_scoped_release release;
+              ARPO_CALL(isa, policy_loss_forward, args);
+          });
+}
+
 }  // namespace
 }  // namespace arpo
 
 PYBIND11_MODULE(_C, m) {
     arpo::bind_machine(m);
     arpo::bind_logprob_entropy(m);
+    arpo::bind_branch_points(m);
+    arpo::bind_group_advantages(m);
+    arpo::bind_policy_loss(m);
 }

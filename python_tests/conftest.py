@@ -1,12 +1,28 @@
-"""Tokenizers that tests share, built in code."""
+"""What tests share: tokenizers built in code, outputs that show if nobody wrote them, GPU tests only with a GPU."""
 
 import pytest
+import torch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TAGS = tuple(tag for name in ("think", "search", "python", "result", "answer") for tag in (f"<{name}>", f"</{name}>"))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def poisoned_outputs():
+    """torch.empty yields NaN or the largest integer, so that an output nobody wrote fails the comparison."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

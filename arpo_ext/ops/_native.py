@@ -52,3 +52,8 @@ def cuda_stream(tensor: torch.Tensor) -> int:
 def pointer(tensor: torch.Tensor | None) -> int:
     """Address of the first element; 0 for None, which native functions take as absent."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def place(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where a native function on the tensor's device runs: (device index, stream) on a GPU, nothing on the CPU."""
+    return () if tensor.device.type == "cpu" else (tensor.device.index, cuda_stream(tensor))
