@@ -32,7 +32,7 @@ from arpo_ext.types import Prompt, RolloutTree
 
 
 class Collected(Protocol):
-    """What `collect` returns: one tree per prompt and the `rollout/*` metrics."""
+    """What `collect` returns: one tree per prompt and the `rollout/*` metrics (those of rank 0 are logged)."""
 
     trees: Sequence[RolloutTree]
     metrics: Mapping[str, float]

@@ -5,7 +5,8 @@ Which old log-probability the ratio is taken against (`train.old_logprob`):
 sampler: ratio = p_trainer / p_sampler, both at the sampling temperature. It corrects for the old policy and for the
 numerical gap between sampler and trainer at once and costs no extra forward. As in truncated importance sampling the
 ratio is cut at `importance_cap` C with its gradient kept: a token contributes min(ratio, C) * A * grad log p, never
-more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not.
+more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not. A
+`dual_clip` below the cap acts first, and drops the gradient of such tokens.
 
 trainer: the ratio is taken against the trainer's own log-probability before the first update of the step, as in the
 published code; the sampler's gap is measured and not corrected. With one update per step the ratio is 1 and its
@@ -22,6 +23,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from arpo_ext import ops
@@ -50,7 +52,10 @@ def token_statistics(model: nn.Module, batch: TokenBatch, temperature: float) ->
     Logits are made only at `batch.keep`: prompts and tool results that all rows share cost no vocabulary-sized memory.
     """
     logits = model(input_ids=batch.tokens, logits_to_keep=batch.keep, use_cache=False).logits
-    return ops.logprob_entropy(logits, batch.labels, temperature=temperature, mask=batch.mask)
+    # The gradient takes the memory of the logits, unless a soft cap behind the head needs them in its own backward.
+    config = extract_model_from_parallel(model).config.get_text_config()
+    inplace = getattr(config, "final_logit_softcapping", None) is None
+    return ops.logprob_entropy(logits, batch.labels, temperature=temperature, mask=batch.mask, inplace_backward=inplace)
 
 
 def until_synchronised(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -93,7 +98,7 @@ def policy_step(
     temperature: float,
     pad_token: int,
 ) -> dict[str, float]:
-    """Run the updates of one step. Returns the `train/*` metrics over all ranks; NaN where nothing was trained.
+    """Run the updates of one step. Returns the `train/*` metrics over all ranks; NaN where there was no token.
 
     Entropy and sampler gap are means over the trained tokens of rows with a non-zero advantage. The gap is taken in the
     first update, before any weight has moved. An update in which no rank has a row is skipped; if all are, the metrics
