@@ -72,6 +72,15 @@ def test_added_tokens_that_are_not_special_are_disabled_too(bpe_tokenizer):
     assert renderer.decode(tokens) == "<result>x</answer><think>y</result>"
 
 
+def test_a_token_that_cannot_be_spelt_otherwise_is_left_out(bpe_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(bpe_tokenizer)
+    tokenizer.add_tokens(["§"])
+    renderer = Renderer(tokenizer, ["search"])
+    assert renderer.decode(renderer.result_tokens("a§b")) == "<result>ab</result>"
+
+
 def test_encoding_tool_text_leaves_the_tokenizer_as_it_was(chat, bpe_tokenizer):
     chat.result_tokens("<|im_end|>")
     assert bpe_tokenizer.encode("<|im_end|>") == [bpe_tokenizer.eos_token_id]

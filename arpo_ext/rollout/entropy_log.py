@@ -15,9 +15,10 @@ from arpo_ext import ops
 
 
 class EntropyLog:
-    """Buffer [rows + 1, columns]; the extra row takes what nobody asked for.
+    """Buffer [rows + 1, columns]: output token j of request i is cell i * columns + j.
 
-    rows: requests that can be open at once. columns: output positions recorded at most.
+    rows: requests that can be open at once. columns: output positions recorded at most. discard: a cell of the extra
+    row, for what nobody asked for.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -27,11 +28,6 @@ class EntropyLog:
         self._flat = self._buffer.view(-1)
         self.discard = rows * columns
 
-    def cell(self, row: int, column: int) -> int:
-        """Where `record` puts the entropy of output token `column` of request `row`."""
-        return row * self.columns + column
-
-    @torch.no_grad()
     def record(
         self,
         logits: torch.Tensor,
@@ -47,7 +43,7 @@ class EntropyLog:
         entropy = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         # Once a token: torch's dispatcher alone would cost more than a small row does.
         ops.logprob_entropy_into(logits, entropy=entropy, temperature=temperature, mask=mask)
-        self._flat[cells] = entropy
+        self._flat.scatter_(0, cells, entropy)
 
     def read(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
         """The first counts[i] entropies of each rows[i]: one copy to the host for all of them."""

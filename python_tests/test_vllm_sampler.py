@@ -1,0 +1,436 @@
+"""The sampler on a real vLLM engine with a tiny random model, against transformers in float32."""
+
+import math
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from arpo_ext.config import EngineConfig, RolloutConfig
+from arpo_ext.errors import ConfigError, SamplerError
+from arpo_ext.render import Renderer
+from arpo_ext.rollout import Completion, Probe, SampleRequest, check_tree, collect
+from arpo_ext.types import Prompt, StopReason, ToolResult
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+TEMPERATURE = 0.7
+BIAS = {"mass": 1.0, "q": -1.5}
+# `fact` is no single token, so its closing tag is a stop string.
+TALK = "<search>mass</search>", "<fact>q of</fact>", "<answer>7</answer><eos>"
+
+
+@pytest.fixture(scope="module")
+def renderer(tag_tokenizer):
+    return Renderer(tag_tokenizer, ["search", "fact"])
+
+
+def _tiny_model(vocabulary, seed):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).float().eval()
+
+
+@pytest.fixture(scope="module")
+def model(tag_tokenizer):
+    return _tiny_model(len(tag_tokenizer), seed=0)
+
+
+@pytest.fixture(scope="module")
+def talker(renderer):
+    """A model that has learnt to call both tools and to answer, not too surely."""
+    tokenizer = renderer.tokenizer
+    model = _tiny_model(len(tokenizer), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.3)
+    texts = [f"{start}{talk}" for start in ("mass of", "q</result>") for talk in TALK]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    labels = torch.where(ids > 0, ids, -100)
+    for _ in range(100):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sampler(model, renderer, tmp_path_factory):
+    from arpo_ext.rollout.vllm_sampler import VllmSampler
+
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    threads = torch.get_num_threads()
+    engine = EngineConfig(max_model_len=128, max_num_seqs=24, threads=1)
+    rollout = RolloutConfig(temperature=TEMPERATURE, logit_bias=BIAS, probe_tokens=4, max_response_tokens=90)
+    sampler = VllmSampler(folder, engine, rollout, renderer, seed=0)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    yield sampler
+    sampler.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh(sampler, model):
+    """The sampler with the random model's weights and nothing cached."""
+    sampler.push_weights(model.named_parameters())
+    return sampler
+
+
+def _request(id, tokens=(20, 30, 40), max_tokens=12, seed=None, greedy=False):
+    return SampleRequest(id, tuple(tokens), max_tokens, 4, seed=id if seed is None else seed, greedy=greedy)
+
+
+def _run(sampler, requests):
+    for request in requests:
+        sampler.submit(request)
+    probes, done = {}, {}
+    while sampler.num_unfinished:
+        for event in sampler.step():
+            if isinstance(event, Probe):
+                assert event.id not in done
+                probes[event.id] = event
+            else:
+                done[event.id] = event
+    return probes, done
+
+
+@torch.no_grad()
+def _measure(model, tokenizer, prompt, tokens, temperature, bias=BIAS):
+    """Log-probabilities and entropies of `tokens` after `prompt`, straight from the definition."""
+    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].double()
+    for text, value in bias.items():
+        logits[:, tokenizer.convert_tokens_to_ids(text)] += value
+    logprobs = torch.log_softmax(logits / temperature, -1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), entropies.tolist()
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_logprobs_and_entropies_are_those_of_the_distribution_sampled_from(fresh, model, renderer, greedy):
+    # More requests than run at once, prompts of many lengths: rows move, chunks of prompts come and go.
+    requests = [_request(i, tokens=range(14, 15 + 2 * i), greedy=greedy) for i in range(40)]
+    probes, done = _run(fresh, requests)
+    assert sorted(done) == list(range(40))
+    for request in requests:
+        completion = done[request.id]
+        temperature = 1.0 if greedy else TEMPERATURE
+        logprobs, entropies = _measure(model, renderer.tokenizer, request.tokens, completion.tokens, temperature)
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
+        assert completion.entropies == pytest.approx(entropies, abs=1e-4)
+        if len(completion.tokens) > 4:
+            assert probes[request.id].entropies == completion.entropies[:4]
+        else:
+            assert request.id not in probes
+        if greedy:
+            biased = _greedy(model, renderer.tokenizer, request.tokens, len(completion.tokens))
+            assert list(completion.tokens) == biased
+
+
+@torch.no_grad()
+def _greedy(model, tokenizer, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = model(torch.tensor([tokens])).logits[0, -1]
+        for text, value in BIAS.items():
+            logits[tokenizer.convert_tokens_to_ids(text)] += value
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_chunked_prompts_record_the_entropy_of_the_first_real_token(fresh, model, renderer):
+    # 24 running prompts of 110 tokens exceed what the engine computes in one step.
+    budget = fresh._engine.vllm_config.scheduler_config.max_num_batched_tokens
+    count = budget // 110 + 10
+    generator = torch.Generator().manual_seed(1)
+    requests = [
+        _request(i, tokens=torch.randint(14, 100, (110,), generator=generator).tolist(), max_tokens=2)
+        for i in range(min(count, 60))
+    ]
+    _, done = _run(fresh, requests)
+    for request in requests:
+        _, entropies = _measure(model, renderer.tokenizer, request.tokens, done[request.id].tokens, TEMPERATURE)
+        assert done[request.id].entropies == pytest.approx(entropies, abs=1e-4)
+
+
+def test_a_request_draws_alike_alone_and_in_a_batch(fresh):
+    _, together = _run(fresh, [_request(i) for i in range(30)])
+    _, alone = _run(fresh, [_request(99, seed=17)])
+    assert alone[99].tokens == together[17].tokens
+    assert len({completion.tokens for completion in together.values()}) > 20
+
+
+def test_what_ends_a_request(sampler, talker, renderer):
+    sampler.push_weights(talker.named_parameters())
+    prompt = renderer.tokenizer.encode("mass of", add_special_tokens=False)
+    _, done = _run(sampler, [_request(i, tokens=prompt, max_tokens=20) for i in range(60)])
+    by_reason = {}
+    for completion in done.values():
+        by_reason.setdefault(completion.stop_reason, []).append(renderer.decode(completion.tokens))
+    assert set(by_reason) >= {StopReason.TOOL, StopReason.EOS}
+    assert all(text.endswith(("</search>", "</fact>")) for text in by_reason[StopReason.TOOL])
+    assert {text[-7:] for text in by_reason[StopReason.TOOL]} >= {"search>", "</fact>"}
+    assert all(text.endswith("<eos>") for text in by_reason[StopReason.EOS])
+    _, short = _run(sampler, [_request(0, tokens=prompt, max_tokens=1)])
+    assert short[0].stop_reason is StopReason.LENGTH
+
+
+def test_pushed_weights_leave_no_stale_prefix(sampler, model, talker, renderer, monkeypatch):
+    # Longer than a block of the cache, so that the prefix is really reused.
+    prompt = [14 + i % 80 for i in range(100)]
+    expected = {}
+
+    def first(weights):
+        _, done = _run(sampler, [_request(0, tokens=prompt, max_tokens=3, greedy=True)])
+        expected["now"] = _measure(weights, renderer.tokenizer, prompt, done[0].tokens, 1.0)[0]
+        return done[0].logprobs
+
+    sampler.push_weights(model.named_parameters())
+    assert first(model) == pytest.approx(expected["now"], abs=1e-3)
+    sampler.push_weights(talker.named_parameters())
+    assert first(talker) == pytest.approx(expected["now"], abs=1e-3)
+    # The same push without the reset continues from the other model's keys and values.
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "reset_prefix_cache", lambda: None)
+        sampler.push_weights(model.named_parameters())
+    assert abs(first(model)[0] - expected["now"][0]) > 0.01
+
+
+def test_open_requests_forbid_a_push_and_a_reset(sampler, model):
+    # Waiting requests count as much as running ones.
+    for i in range(30):
+        sampler.submit(_request(i, max_tokens=50))
+    for _ in range(2):
+        with pytest.raises(SamplerError, match=r"weights cannot be pushed with \d+ unfinished requests; expected none"):
+            sampler.push_weights(model.named_parameters())
+        with pytest.raises(SamplerError, match=r"prefix cache cannot be reset with \d+ unfinished"):
+            sampler.reset_prefix_cache()
+        sampler.step()
+    for i in range(40):
+        sampler.abort(i)
+    assert sampler.num_unfinished == 0
+    sampler.push_weights(model.named_parameters())
+
+
+def test_aborted_requests_give_their_rows_back(fresh):
+    for round_ in range(3):
+        for i in range(30):
+            fresh.submit(_request(i))
+        fresh.step()
+        for i in range(30):
+            fresh.abort(i)
+        assert (fresh.num_unfinished, round_) == (0, round_)
+    assert sorted(fresh._rows) == list(range(24))
+
+
+def test_a_request_that_does_not_fit_is_refused(sampler):
+    with pytest.raises(ValueError, match="request 3 has 120 tokens and asks for 9 more; expected at least 1 and 128"):
+        sampler.submit(_request(3, tokens=range(120), max_tokens=9))
+
+
+def test_a_bias_must_name_single_tokens(renderer):
+    from arpo_ext.rollout.vllm_sampler import _bias_by_token
+
+    with pytest.raises(ConfigError, match="names 'xyz', which is 3 tokens"):
+        _bias_by_token({"xyz": 1.0}, renderer)
+    with pytest.raises(ConfigError, match="of 'x' is 101; expected -100 to 100"):
+        _bias_by_token({"x": 101}, renderer)
+
+
+class _Tools:
+    def submit(self, call):
+        future = Future()
+        future.set_result(ToolResult(call.name, "q", True))
+        return future
+
+
+def test_collected_trees_hold_what_the_model_computes(sampler, talker, renderer):
+    sampler.push_weights(talker.named_parameters())
+    config = RolloutConfig(
+        paths=8,
+        initial_paths=3,
+        probe_tokens=4,
+        policy="random",
+        base=0.7,
+        temperature=TEMPERATURE,
+        logit_bias=BIAS,
+        max_tool_calls=3,
+        max_response_tokens=90,
+        entropies="all",
+    )
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": "mass of"},), ("7",)) for i in range(4)]
+    runs = [
+        collect(prompts, sampler=sampler, tools=_Tools(), renderer=renderer, config=config, seed=11) for _ in range(2)
+    ]
+    assert runs[0].trees == runs[1].trees
+    assert runs[0].metrics["rollout/forks"] > 4
+    for tree in runs[0].trees:
+        check_tree(tree, 8, 3, max_tool_calls=3, max_response_tokens=90, probe_tokens=4)
+        for index, segment in enumerate(tree.segments):
+            if segment.sampled:
+                prefix = tree.path_tokens(segment.parent)
+                logprobs, entropies = _measure(talker, renderer.tokenizer, prefix, segment.tokens, TEMPERATURE)
+                assert segment.logprobs == pytest.approx(logprobs, abs=1e-3), index
+                assert segment.entropies == pytest.approx(entropies, abs=1e-4), index
+    other = collect(prompts, sampler=sampler, tools=_Tools(), renderer=renderer, config=config, seed=12)
+    assert other.trees != runs[0].trees
+
+
+def _params(row=None, limit=0, temperature=1.0):
+    from arpo_ext.rollout.vllm_entropy import entropy_args
+
+    return SimpleNamespace(extra_args=None if row is None else entropy_args(row, limit), temperature=temperature)
+
+
+def _processor(device_or_states, columns=5):
+    from arpo_ext.rollout.vllm_entropy import COLUMNS, EntropyProcessor
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        model_config=SimpleNamespace(max_model_len=9),
+        additional_config={COLUMNS: columns},
+    )
+    return EntropyProcessor(config, device_or_states)
+
+
+def _entropy(logits, temperature):
+    p = torch.softmax(logits.double() / temperature, -1)
+    return float(-torch.where(p > 0, p * p.log(), 0).sum())
+
+
+def _update(removed=(), added=(), moved=()):
+    return SimpleNamespace(batch_size=0, removed=removed, added=added, moved=moved)
+
+
+def test_v1_follows_requests_through_the_batch():
+    from vllm.v1.sample.logits_processor import MoveDirectionality
+
+    processor = _processor(torch.device("cpu"))
+    assert not processor.is_argmax_invariant()
+    logits = [torch.randn(3, 11) for _ in range(6)]
+    logits[2][1, 4:] = -math.inf
+    before = [x.clone() for x in logits]
+    a, b = [], []
+    processor.update_state(
+        _update(added=[(0, _params(3, 4, 0.7), None, a), (1, _params(1, 2, 0.0), None, b), (2, _params(), None, [])])
+    )
+    # Two chunks of a prompt: the second overwrites.
+    processor.apply(logits[0])
+    processor.update_state(None)
+    processor.apply(logits[1])
+    a.append(5), b.append(5)
+    processor.apply(logits[2])
+    a.append(5), b.append(5)
+    # b is past its limit; the two swap places.
+    processor.update_state(_update(moved=[(0, 1, MoveDirectionality.SWAP)]))
+    processor.apply(logits[3])
+    a.append(5)
+    # b leaves, the last row takes its place, then a moves to the front.
+    processor.update_state(_update(removed=[0], moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)]))
+    processor.apply(logits[4])
+    a.append(5)
+    processor.apply(logits[5])
+    rows = processor.log.read([3, 1], [4, 2])
+    assert rows[0] == pytest.approx(
+        [_entropy(logits[i][j], 0.7) for i, j in ((1, 0), (2, 0), (3, 1), (4, 0))], abs=1e-5
+    )
+    assert rows[1] == pytest.approx([_entropy(logits[i][1], 1.0) for i in (1, 2)], abs=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(logits, before, strict=True))
+
+
+def test_v1_gives_a_recycled_row_to_its_new_request():
+    processor = _processor(torch.device("cpu"))
+    first, second = torch.randn(1, 11), torch.randn(1, 11)
+    processor.update_state(_update(added=[(0, _params(2, 3), None, [])]))
+    processor.apply(first)
+    processor.update_state(_update(removed=[0]))
+    processor.update_state(_update(added=[(0, _params(2, 3), None, [])]))
+    processor.apply(second)
+    assert processor.log.read([2], [1])[0] == pytest.approx([_entropy(second[0], 1.0)], abs=1e-5)
+
+
+def test_v2_maps_rows_to_slots_and_positions():
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+    prompt_len = torch.tensor([0, 6, 3, 2], dtype=torch.int32)
+    states = SimpleNamespace(
+        device=torch.device("cpu"), max_num_reqs=4, vocab_size=11, prompt_len=SimpleNamespace(gpu=prompt_len)
+    )
+    processor = _processor(states)
+    assert isinstance(processor, LogitsProcessor)
+    assert processor.add_request(1, _params(0, 5, 0.7))
+    assert processor.add_request(3, _params(2, 1, 0.0))
+    assert not processor.add_request(2, _params())
+    processor.apply_staged_writes()
+
+    def step(*rows):
+        """rows: (slot, position)."""
+        logits = torch.randn(len(rows), 11)
+        before = logits.clone()
+        slots, positions = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
+        out = processor.apply(logits, SimpleNamespace(expanded_idx_mapping=slots, pos=positions))
+        assert out is logits
+        assert torch.equal(logits, before)
+        return logits
+
+    step((1, 3), (3, 0))  # chunks of both prompts
+    x = step((3, 1), (2, 2), (1, 5))
+    y = step((1, 6), (3, 2))  # slot 3 is past its limit
+    # Speculation: two rows of one request, the second is rejected and comes again.
+    step((1, 7), (1, 8))
+    z = step((1, 7), (1, 8))
+    (one, two) = processor.log.read([0, 2], [4, 1])
+    expected = [_entropy(row, 0.7) for row in (x[2], y[0], z[0], z[1])]
+    assert one == pytest.approx(expected, abs=1e-5)
+    assert two == pytest.approx([_entropy(x[0], 1.0)], abs=1e-5)
+    # The slot is recycled.
+    processor.add_request(1, _params(3, 5))
+    processor.apply_staged_writes()
+    w = step((1, 5), (3, 1))
+    assert processor.log.read([3, 0], [1, 1])[0] == pytest.approx([_entropy(w[0], 1.0)], abs=1e-5)
+    assert processor.log.read([0], [1])[0] == pytest.approx(expected[:1], abs=1e-5)
+
+
+def test_parameters_of_the_log_are_checked():
+    from arpo_ext.rollout.vllm_entropy import EntropyProcessor
+
+    EntropyProcessor.validate_params(_params(0, 3))
+    EntropyProcessor.validate_params(_params())
+    with pytest.raises(ValueError, match=r"extra_args\['entropy_row'\] is -1; expected a non-negative integer"):
+        EntropyProcessor.validate_params(_params(-1, 3))
+
+
+def test_completions_are_what_the_protocol_says(fresh):
+    _, done = _run(fresh, [_request(0)])
+    completion = done[0]
+    assert isinstance(completion, Completion)
+    assert len(completion.tokens) == len(completion.logprobs) == len(completion.entropies)
+    assert all(type(token) is int for token in completion.tokens)
+    assert fresh.vocab_size == 113
