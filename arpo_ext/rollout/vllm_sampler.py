@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, se
     block_size = config.block_size or (32 if on_cpu else None)
     if block_size is not None:
         options["block_size"] = block_size
+    _let_vllm_scan_modules()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     llm = LLM(
         str(model_path),
@@ -215,6 +216,22 @@ def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, se
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(config.threads or threads)
     return llm
+
+
+def _let_vllm_scan_modules() -> None:
+    """Make vLLM's scan for Triton kernels pass over objects whose `__dict__` is no dict.
+
+    A CPU engine looks at `vars(x).get("kernel")` of every global of every loaded module. llvmlite's library handle,
+    which comes with numba and so with bm25s, answers `__dict__` with a function, and the engine does not start:
+    AttributeError: '_lib_fn_wrapper' object has no attribute 'get' (vLLM 0.32).
+    """
+    from vllm.triton_utils import dispatcher
+
+    def dict_of(value: object) -> Any:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = dict_of
 
 
 def _bias_by_token(bias: dict[str, float], renderer: Renderer) -> dict[int, float]:
