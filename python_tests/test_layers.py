@@ -36,7 +36,7 @@ LAYERS = {
 EXTRAS = {
     "ops/logprob_entropy_triton.py": {"triton"},
     "tools/search.py": {"bm25s", "Stemmer", "numpy"},
-    "rewards/math_equal.py": {"math_verify", "sympy"},
+    "rewards/math_worker.py": {"math_verify"},
     "rollout/vllm_entropy.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},
     "rollout/vllm_worker.py": {"vllm"},

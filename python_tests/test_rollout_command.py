@@ -71,7 +71,7 @@ def trees(model_folder, tmp_path_factory):
         f"rollout.paths={PATHS}",
         f"rollout.initial_paths={INITIAL}",
         f"rollout.probe_tokens={PROBE}",
-        "rollout.max_response_tokens=480",
+        "rollout.max_response_tokens=320",
         f"rollout.logit_bias={BIAS}",
         "engine.max_model_len=4096",
         "engine.max_num_seqs=64",

@@ -62,20 +62,23 @@ class VllmSampler:
             max(rollout.probe_tokens, rollout.max_response_tokens if rollout.entropies == "all" else 0),
         )
         self._tool_stops = {*renderer.stop_token_ids, *renderer.stop_strings}
+        bias = _bias_by_token(rollout.logit_bias, renderer)
+        self._llm = _start_engine(model_path, engine, self._columns, seed)
+        self._engine = self._llm.llm_engine
+        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        # A tokenizer may know tokens beyond the model's vocabulary: never sampled, and refused by vLLM.
+        stops = [*renderer.stop_token_ids, *renderer.eos_token_ids]
         self._params = {
-            "stop_token_ids": [*renderer.stop_token_ids, *renderer.eos_token_ids],
+            "stop_token_ids": [token for token in stops if token < self.vocab_size],
             "stop": renderer.stop_strings,
             "include_stop_str_in_output": True,
             # Only stop strings need the text; the tokens are all that is kept.
             "detokenize": bool(renderer.stop_strings),
             "skip_special_tokens": False,
             "logprobs": 0,
-            "logit_bias": _bias_by_token(rollout.logit_bias, renderer) or None,
+            "logit_bias": bias or None,
             "output_kind": RequestOutputKind.DELTA,
         }
-        self._llm = _start_engine(model_path, engine, self._columns, seed)
-        self._engine = self._llm.llm_engine
-        self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
         # The engine never holds more requests than it decodes at once, so the row of the entropy log that a request
         # writes to is its alone until it is read.
