@@ -11,8 +11,12 @@ inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; 
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 
 inline Mask16 not_equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ); }
+inline Mask16 greater(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline Mask16 both(Mask16 a, Mask16 b) { return _kand_mask16(a, b); }
+inline F32x16 choose(Mask16 m, F32x16 yes, F32x16 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 inline int count(Mask16 m) { return __builtin_popcount(m); }
 // a where the mask is set, 0 elsewhere.
 inline F32x16 keep(Mask16 m, F32x16 a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
@@ -23,6 +27,15 @@ inline F32x16 shift_to_exponent(F32x16 a) {
 
 inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
+
+inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline void load_pairs(const float* p, F32x16& even, F32x16& odd) {
+    const __m512 first = _mm512_loadu_ps(p), second = _mm512_loadu_ps(p + 16);
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even.v = _mm512_permutex2var_ps(first, evens, second);
+    odd.v = _mm512_permutex2var_ps(first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), second);
+}
 
 inline void load2(const float* p, F32x16& a, F32x16& b) {
     a.v = _mm512_loadu_ps(p);

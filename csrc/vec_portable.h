@@ -43,9 +43,21 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 inline F32x16 max(F32x16 a, F32x16 b) {
     return each([&](int i) { return choose(a.part[i] > b.part[i], a.part[i], b.part[i]); });
 }
+inline F32x16 min(F32x16 a, F32x16 b) {
+    return each([&](int i) { return choose(a.part[i] < b.part[i], a.part[i], b.part[i]); });
+}
 
 inline Mask16 not_equal(F32x16 a, F32x16 b) {
     return {{a.part[0] != b.part[0], a.part[1] != b.part[1], a.part[2] != b.part[2], a.part[3] != b.part[3]}};
+}
+inline Mask16 greater(F32x16 a, F32x16 b) {
+    return {{a.part[0] > b.part[0], a.part[1] > b.part[1], a.part[2] > b.part[2], a.part[3] > b.part[3]}};
+}
+inline Mask16 both(Mask16 a, Mask16 b) {
+    return {{a.part[0] & b.part[0], a.part[1] & b.part[1], a.part[2] & b.part[2], a.part[3] & b.part[3]}};
+}
+inline F32x16 choose(Mask16 m, F32x16 yes, F32x16 no) {
+    return each([&](int i) { return choose(m.part[i], yes.part[i], no.part[i]); });
 }
 inline int count(Mask16 m) {
     const I4 total = m.part[0] + m.part[1] + m.part[2] + m.part[3];
@@ -77,6 +89,21 @@ inline V load_bits(const void* p) {
     V v;
     std::memcpy(&v, p, sizeof v);
     return v;
+}
+
+inline F32x16 load(const float* p) {
+    F32x16 a;
+    std::memcpy(a.part, p, sizeof a.part);
+    return a;
+}
+inline void store(float* p, F32x16 a) { std::memcpy(p, a.part, sizeof a.part); }
+inline void load_pairs(const float* p, F32x16& even, F32x16& odd) {
+    const F32x16 first = load(p), second = load(p + 16);
+    for (int i = 0; i < 4; ++i) {
+        const F4 *four = i < 2 ? first.part + 2 * i : second.part + 2 * (i - 2);
+        even.part[i] = F4{four[0][0], four[0][2], four[1][0], four[1][2]};
+        odd.part[i] = F4{four[0][1], four[0][3], four[1][1], four[1][3]};
+    }
 }
 
 inline void load2(const float* p, F32x16& a, F32x16& b) {
