@@ -298,3 +298,10 @@ def test_it_compiles_into_one_graph():
     inputs = tensors(made_paths(20, 3, seed=2), [2, 2, 2])
     compiled = torch.compile(ops.branch_points, fullgraph=True, backend="aot_eager")
     assert compiled(*inputs).tolist() == ops.branch_points(*inputs).tolist()
+
+
+def test_the_benchmark_checks_itself(capsys):
+    from benchmarks import bench_branch_points
+
+    assert bench_branch_points.main(["--smoke", "--rounds", "1"]) == 0
+    assert "Python loop" in capsys.readouterr().out

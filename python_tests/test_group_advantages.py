@@ -293,3 +293,10 @@ def test_it_compiles_into_one_graph():
     got = compiled(reward, tree, parent=parent, leaf_segment=ends)
     for one, other in zip(got, ops.group_advantages(reward, tree, parent=parent, leaf_segment=ends), strict=True):
         assert one.equal(other)
+
+
+def test_the_benchmark_checks_itself(capsys):
+    from benchmarks import bench_group_advantages
+
+    assert bench_group_advantages.main(["--smoke", "--rounds", "1"]) == 0
+    assert "Python loop" in capsys.readouterr().out

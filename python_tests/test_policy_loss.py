@@ -343,3 +343,10 @@ def test_it_compiles_into_one_graph():
     assert loss.equal(expected_loss)
     assert k1.equal(expected_sums.kl_k1)
     assert logprob.grad.equal(expected_gradient)
+
+
+def test_the_benchmark_checks_itself(capsys):
+    from benchmarks import bench_policy_loss
+
+    assert bench_policy_loss.main(["--smoke", "--rounds", "1"]) == 0
+    assert "torch eager" in capsys.readouterr().out
