@@ -244,7 +244,14 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
     from arpo_ext.rollout.collect import collect
 
     def run(prompts: Sequence[Prompt], step: int) -> Any:
+        calls_before = sum(stats.calls for stats in tools.stats.values())
         with tracker.progress(len(prompts) * config.rollout.paths, "rollouts") as progress:
+
+            def ended(paths: int) -> None:
+                calls = sum(stats.calls for stats in tools.stats.values())
+                progress.set_postfix(tool_calls=calls - calls_before, refresh=False)
+                progress.update(paths)
+
             collected = collect(
                 prompts,
                 sampler=sampler,
@@ -253,7 +260,7 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
                 config=config.rollout,
                 # Each step draws anew; the multiplier keeps the streams of neighbouring seeds apart.
                 seed=config.seed * 1_000_003 + step,
-                progress=progress.update,
+                progress=ended,
             )
         trees = [dataclasses.replace(tree, metadata={**tree.metadata, "step": step}) for tree in collected.trees]
         return dataclasses.replace(collected, trees=trees)
