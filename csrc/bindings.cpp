@@ -158,6 +158,33 @@ void bind_logprob_entropy(py::module_& m) {
         py::gil_scoped_release release;
         ARPO_CALL(isa, logprob_entropy_backward, args);
     });
+#ifdef ARPO_HAVE_CUDA
+    m.def("logprob_entropy_partials", [](const LogprobEntropyInputs& in, int device) {
+        return logprob_entropy_partials(in.shape, device);
+    });
+    m.def("logprob_entropy_forward_cuda",
+          [](const LogprobEntropyInputs& in, Address logprob, Address entropy, Address stats, Address partials,
+             Address invalid_labels, int device, Address stream) {
+              ARPO_CHECK(invalid_labels != 0 || in.labels == nullptr, "labels need a counter of invalid ones");
+              const LogprobEntropyForward args{in, at<float>(logprob), at<float>(entropy), at<float>(stats), 0};
+              const LogprobEntropyScratch scratch{at<float>(partials), at<unsigned long long>(invalid_labels)};
+              py::gil_scoped_release release;
+              logprob_entropy_forward_cuda(args, scratch, device, at<void>(stream));
+          });
+    m.def("logprob_entropy_backward_cuda",
+          [](const LogprobEntropyInputs& in, Address stats, Address grad_logprob, Address grad_entropy,
+             Address grad_logits, std::int64_t grad_inner, std::int64_t grad_outer_stride,
+             std::int64_t grad_inner_stride, int device, Address stream) {
+              ARPO_CHECK(grad_inner >= 1, "inner rows must be at least 1, got ", grad_inner);
+              const LogitRows grad_shape{in.shape.rows, in.shape.vocab, grad_inner, grad_outer_stride,
+                                         grad_inner_stride};
+              const LogprobEntropyBackward args{in,         at<const float>(stats), at<const float>(grad_logprob),
+                                                at<const float>(grad_entropy), grad_shape,
+                                                at<void>(grad_logits),         0};
+              py::gil_scoped_release release;
+              logprob_entropy_backward_cuda(args, device, at<void>(stream));
+          });
+#endif
 }
 
 BranchPaths branch_paths(Address entropy_now, Address entropy_root, Address tree, Address room, Address key,

@@ -36,12 +36,6 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-// Where a kernel runs. `stream` is torch's current stream of that device.
-struct Launch {
-    int device;
-    cudaStream_t stream;
-};
-
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -57,6 +51,20 @@ __device__ inline float warp_sum(float value) {
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
     return value;
+}
+
+// The larger one; NaN if either is (fmaxf drops it).
+__device__ inline float max_or_nan(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+// 2^x to 2^-22 relative; results below 2^-126 become 0.
+__device__ inline float fast_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
 }
 
 __device__ inline float to_float(float value) { return value; }
@@ -84,5 +92,20 @@ struct alignas(16) Pack {
     static constexpr int kSize = 16 / sizeof(T);
     T values[kSize];
 };
+
+// Read once, so not kept in the caches.
+template <class T>
+__device__ inline Pack<T> load_once(const Pack<T>* address) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address));
+    Pack<T> pack;
+    memcpy(&pack, &bits, sizeof pack);
+    return pack;
+}
+template <class T>
+__device__ inline void store_once(Pack<T>* address, const Pack<T>& pack) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stcs(reinterpret_cast<uint4*>(address), bits);
+}
 
 }  // namespace arpo::cuda

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "host_device.h"
 #include "isa.h"
 
 namespace arpo {
@@ -17,7 +18,9 @@ struct LogitRows {
     std::int64_t outer_stride;
     std::int64_t inner_stride;
 
-    std::int64_t offset(std::int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+    ARPO_HOST_DEVICE std::int64_t offset(std::int64_t row) const {
+        return (row / inner) * outer_stride + (row % inner) * inner_stride;
+    }
 };
 
 // Per-row inputs. Null labels: no logprob. Null mask: all rows. Null temperatures: `temperature` for all rows,
@@ -53,6 +56,19 @@ struct LogprobEntropyBackward {
     void* grad_logits;
     int threads;
 };
+
+// What a GPU needs besides. partials: logprob_entropy_partials() floats, null if that is 0. invalid_labels: labels out
+// of range are treated as ignored and counted here.
+struct LogprobEntropyScratch {
+    float* partials;
+    unsigned long long* invalid_labels;
+};
+
+// How many floats the forward pass needs between its two kernels: 0, unless rows are too few to fill the device.
+std::int64_t logprob_entropy_partials(const LogitRows& shape, int device);
+void logprob_entropy_forward_cuda(const LogprobEntropyForward& args, const LogprobEntropyScratch& scratch, int device,
+                                  void* stream);
+void logprob_entropy_backward_cuda(const LogprobEntropyBackward& args, int device, void* stream);
 
 ARPO_CPU_KERNEL(logprob_entropy_forward, LogprobEntropyForward)
 ARPO_CPU_KERNEL(logprob_entropy_backward, LogprobEntropyBackward)

@@ -127,7 +127,7 @@ def without_invalid_labels(call: LogitsCall) -> LogitsCall:
                 f"got {int(call.labels[invalid][0])}"
             )
         return call
-    _invalid_label_counter(call.logits.device).add_(invalid.sum())
+    invalid_label_counter(call.logits.device).add_(invalid.sum())
     return call._replace(labels=call.labels.masked_fill(invalid, call.ignore_index))
 
 
@@ -152,7 +152,7 @@ def _indexed(device: torch.device) -> torch.device:
     return device
 
 
-def _invalid_label_counter(device: torch.device) -> Tensor:
+def invalid_label_counter(device: torch.device) -> Tensor:
     if device not in _invalid_label_counters:
         _invalid_label_counters[device] = torch.zeros((), dtype=torch.int64, device=device)
     return _invalid_label_counters[device]

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import logprob_entropy_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu, refuse_cuda
 from arpo_ext.ops._logits import (
     LogitsCall,
     check_temperatures,
     checked_call,
+    invalid_label_counter,
     native_inputs,
     refuse_layout,
     result_dtype,
@@ -170,8 +171,34 @@ def _backward_cpu(
     )
 
 
+def _forward_cuda(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
+    inputs, _kept = native_inputs(call)
+    device, stream = _native.place(call.logits)
+    partials = call.logits.new_empty(_native.C.logprob_entropy_partials(inputs, device), dtype=torch.float32)
+    counter = None if call.labels is None else invalid_label_counter(call.logits.device)
+    _native.C.logprob_entropy_forward_cuda(
+        inputs, *map(_native.pointer, (logprob, entropy, stats, partials, counter)), device, stream
+    )
+
+
+def _backward_cuda(
+    call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
+) -> None:
+    inputs, _kept = native_inputs(call)
+    upstream = [None if grad is None else grad.contiguous() for grad in (grad_logprob, grad_entropy)]
+    out_layout = row_layout(out)
+    assert out_layout is not None
+    _native.C.logprob_entropy_backward_cuda(
+        inputs, stats.data_ptr(), *map(_native.pointer, upstream), out.data_ptr(), *out_layout, *_native.place(out)
+    )
+
+
 def _refuse_cpu(isa: str, call: LogitsCall, *_: object) -> str | None:
     return refuse_cpu(call.logits, isa) or refuse_layout(call)
+
+
+def _refuse_cuda(call: LogitsCall, *_: object) -> str | None:
+    return refuse_cuda(call.logits) or refuse_layout(call)
 
 
 def _forward_reference(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
@@ -194,10 +221,12 @@ def _serves(*_: object) -> None:
 
 _FORWARD = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_forward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
+    "cuda": Backend(_refuse_cuda, _forward_cuda),
     "reference": Backend(_serves, _forward_reference),
 }
 _BACKWARD = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_backward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
+    "cuda": Backend(_refuse_cuda, _backward_cuda),
     "reference": Backend(_serves, _backward_reference),
 }
 
