@@ -251,8 +251,10 @@ def test_strided_rows_are_read_in_place(backend, dtype):
         expected = ops.logprob_entropy(copy, labels, backend=backend)
         gradient = torch.autograd.grad(results[0].sum() + results[1].sum(), leaf)[0]
         expected_gradient = torch.autograd.grad(expected[0].sum() + expected[1].sum(), copy)[0]
+        # On the GPU the order of summation follows the alignment of the row.
+        tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6} if backend == "cuda" else {"rtol": 0, "atol": 0}
         for a, b in zip((*results, gradient), (*expected, expected_gradient), strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, **tolerance)
 
 
 def test_row_offsets_need_64_bits():
