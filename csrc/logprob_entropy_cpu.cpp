@@ -40,14 +40,24 @@ void merge(RowSums& row, const RowSums& other, double temperature) {
 
 template <class T>
 float block_max(const T* x, std::int64_t steps) {
-    F32x16 m0 = F32x16::set(-kInfinity), m1 = m0;
-    for (std::int64_t i = 0; i < steps; ++i) {
-        F32x16 x0, x1;
+    // Four chains, because each maximum waits for the one before it.
+    F32x16 m0 = F32x16::set(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
+    F32x16 x0, x1, x2, x3;
+    std::int64_t i = 0;
+    for (; i + 2 <= steps; i += 2) {
+        load2(x + i * kStep, x0, x1);
+        load2(x + (i + 1) * kStep, x2, x3);
+        m0 = max(m0, x0);
+        m1 = max(m1, x1);
+        m2 = max(m2, x2);
+        m3 = max(m3, x3);
+    }
+    if (i < steps) {
         load2(x + i * kStep, x0, x1);
         m0 = max(m0, x0);
         m1 = max(m1, x1);
     }
-    return largest(max(m0, m1));
+    return largest(max(max(m0, m1), max(m2, m3)));
 }
 
 template <class T>

@@ -14,6 +14,9 @@ inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.lo, b.lo),
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+inline F32x16 fms(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm256_fmsub_ps(a.lo, b.lo, c.lo), _mm256_fmsub_ps(a.hi, b.hi, c.hi)};
+}
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 
@@ -84,19 +87,12 @@ inline void load2(const BFloat16* p, F32x16& even, F32x16& odd) {
     odd = {odd_bfloat16(first), odd_bfloat16(second)};
 }
 
-// The low halves of eight 32-bit lanes, as eight 16-bit values; the high halves must be 0.
-inline __m128i narrow(__m256i lanes) {
-    const __m256i packed = _mm256_packus_epi32(lanes, lanes);
-    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+inline __m256 half_to_float(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline __m256 even_half(__m256i both) {
-    return _mm256_cvtph_ps(narrow(_mm256_and_si256(both, _mm256_set1_epi32(0xffff))));
-}
-inline __m256 odd_half(__m256i both) { return _mm256_cvtph_ps(narrow(_mm256_srli_epi32(both, 16))); }
-inline void load2(const Half* p, F32x16& even, F32x16& odd) {
-    const __m256i first = load_bits(p), second = load_bits(p + 16);
-    even = {even_half(first), even_half(second)};
-    odd = {odd_half(first), odd_half(second)};
+inline void load2(const Half* p, F32x16& a, F32x16& b) {
+    a = {half_to_float(p), half_to_float(p + 8)};
+    b = {half_to_float(p + 16), half_to_float(p + 24)};
 }
 
 // Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
@@ -114,10 +110,18 @@ inline __m256i pack(const BFloat16*, __m256 even, __m256 odd) {
     const __m256i high = _mm256_and_si256(round_bfloat16(odd), mask);
     return _mm256_or_si256(high, _mm256_srli_epi32(round_bfloat16(even), 16));
 }
-inline __m256i pack(const Half*, __m256 even, __m256 odd) {
-    const __m256i low = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(even, _MM_FROUND_TO_NEAREST_INT));
-    const __m256i high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
-    return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+// 32 elements as two registers, in the order of memory.
+inline void pack(const BFloat16* type, F32x16 even, F32x16 odd, __m256i& first, __m256i& second) {
+    first = pack(type, even.lo, odd.lo);
+    second = pack(type, even.hi, odd.hi);
+}
+inline __m256i round_half(F32x16 a) {
+    const __m128i low = _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT), 1);
+}
+inline void pack(const Half*, F32x16 a, F32x16 b, __m256i& first, __m256i& second) {
+    first = round_half(a);
+    second = round_half(b);
 }
 
 inline void store2(float* p, F32x16 a, F32x16 b) {
@@ -127,9 +131,11 @@ inline void store2(float* p, F32x16 a, F32x16 b) {
     _mm256_storeu_ps(p + 24, b.hi);
 }
 template <class T>
-inline void store2(T* p, F32x16 even, F32x16 odd) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(p, even.lo, odd.lo));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), pack(p, even.hi, odd.hi));
+inline void store2(T* p, F32x16 a, F32x16 b) {
+    __m256i first, second;
+    pack(p, a, b, first, second);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), first);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), second);
 }
 
 // Past the caches; p must be 64-byte aligned. Call stream_fence before another thread reads.
@@ -140,9 +146,11 @@ inline void stream2(float* p, F32x16 a, F32x16 b) {
     _mm256_stream_ps(p + 24, b.hi);
 }
 template <class T>
-inline void stream2(T* p, F32x16 even, F32x16 odd) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(p, even.lo, odd.lo));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 16), pack(p, even.hi, odd.hi));
+inline void stream2(T* p, F32x16 a, F32x16 b) {
+    __m256i first, second;
+    pack(p, a, b, first, second);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), first);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 16), second);
 }
 inline void stream_fence() { _mm_sfence(); }
 

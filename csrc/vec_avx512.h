@@ -10,6 +10,7 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 fms(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 
@@ -48,10 +49,10 @@ inline void load2(const BFloat16* p, F32x16& even, F32x16& odd) {
     odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-inline void load2(const Half* p, F32x16& even, F32x16& odd) {
+inline void load2(const Half* p, F32x16& a, F32x16& b) {
     const __m512i both = _mm512_loadu_si512(p);
-    even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
-    odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+    a.v = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+    b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
 }
 
 // Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
@@ -68,10 +69,10 @@ inline __m512i pack(const BFloat16*, F32x16 even, F32x16 odd) {
     return _mm512_or_si512(high, _mm512_srli_epi32(round_bfloat16(even), 16));
 }
 
-inline __m512i pack(const Half*, F32x16 even, F32x16 odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(even.v, _MM_FROUND_TO_NEAREST_INT));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(odd.v, _MM_FROUND_TO_NEAREST_INT));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+inline __m512i pack(const Half*, F32x16 a, F32x16 b) {
+    const __m256i low = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i high = _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 inline void store2(float* p, F32x16 a, F32x16 b) {
@@ -79,8 +80,8 @@ inline void store2(float* p, F32x16 a, F32x16 b) {
     _mm512_storeu_ps(p + 16, b.v);
 }
 template <class T>
-inline void store2(T* p, F32x16 even, F32x16 odd) {
-    _mm512_storeu_si512(p, pack(p, even, odd));
+inline void store2(T* p, F32x16 a, F32x16 b) {
+    _mm512_storeu_si512(p, pack(p, a, b));
 }
 
 // Past the caches; p must be 64-byte aligned. Call stream_fence before another thread reads.
@@ -89,8 +90,8 @@ inline void stream2(float* p, F32x16 a, F32x16 b) {
     _mm512_stream_ps(p + 16, b.v);
 }
 template <class T>
-inline void stream2(T* p, F32x16 even, F32x16 odd) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack(p, even, odd));
+inline void stream2(T* p, F32x16 a, F32x16 b) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack(p, a, b));
 }
 inline void stream_fence() { _mm_sfence(); }
 

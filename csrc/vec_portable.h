@@ -40,6 +40,9 @@ inline F32x16 operator*(F32x16 a, F32x16 b) {
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return each([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });
 }
+inline F32x16 fms(F32x16 a, F32x16 b, F32x16 c) {
+    return each([&](int i) { return a.part[i] * b.part[i] - c.part[i]; });
+}
 inline F32x16 max(F32x16 a, F32x16 b) {
     return each([&](int i) { return choose(a.part[i] > b.part[i], a.part[i], b.part[i]); });
 }
