@@ -339,7 +339,7 @@ def test_v1_follows_requests_through_the_batch():
     before = [x.clone() for x in logits]
     a, b = [], []
     processor.update_state(
-        _update(added=[(0, _params(3, 4, 0.7), None, a), (1, _params(1, 2, 0.0), None, b), (2, _params(), None, [])])
+        _update(added=[(0, _params(3, 4, 0.7), None, a), (1, _params(1, 3, 0.0), None, b), (2, _params(), None, [])])
     )
     # Two chunks of a prompt: the second overwrites.
     processor.apply(logits[0])
@@ -348,7 +348,7 @@ def test_v1_follows_requests_through_the_batch():
     a.append(5), b.append(5)
     processor.apply(logits[2])
     a.append(5), b.append(5)
-    # b is past its limit; the two swap places.
+    # The two swap places; then b is at its limit.
     processor.update_state(_update(moved=[(0, 1, MoveDirectionality.SWAP)]))
     processor.apply(logits[3])
     a.append(5)
@@ -357,11 +357,11 @@ def test_v1_follows_requests_through_the_batch():
     processor.apply(logits[4])
     a.append(5)
     processor.apply(logits[5])
-    rows = processor.log.read([3, 1], [4, 2])
+    rows = processor.log.read([3, 1], [4, 3])
     assert rows[0] == pytest.approx(
         [_entropy(logits[i][j], 0.7) for i, j in ((1, 0), (2, 0), (3, 1), (4, 0))], abs=1e-5
     )
-    assert rows[1] == pytest.approx([_entropy(logits[i][1], 1.0) for i in (1, 2)], abs=1e-5)
+    assert rows[1] == pytest.approx([_entropy(logits[i][j], 1.0) for i, j in ((1, 1), (2, 1), (3, 0))], abs=1e-5)
     assert all(torch.equal(x, y) for x, y in zip(logits, before, strict=True))
 
 

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from arpo_ext.rollout.vllm_entropy import COLUMNS, ENTROPY_PROCESSOR, entropy_args
-from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION
+from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION, is_tied
 
 
 @dataclass
@@ -79,7 +79,7 @@ class VllmSampler:
             "logit_bias": bias or None,
             "output_kind": RequestOutputKind.DELTA,
         }
-        self._tied = bool(self._engine.model_config.hf_config.tie_word_embeddings)
+        self._tied = is_tied(self._engine.model_config)
         # The engine never holds more requests than it decodes at once, so the row of the entropy log that a request
         # writes to is its alone until it is read.
         self._rows = list(range(engine.max_num_seqs))
@@ -213,6 +213,7 @@ def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, se
         logits_processors=[ENTROPY_PROCESSOR],
         worker_extension_cls=WORKER_EXTENSION,
         additional_config={COLUMNS: columns},
+        use_tqdm_on_load=False,
         **options,
     )
     # vLLM's CPU worker replaces torch.set_num_threads, for the whole process, by a function that does nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -10,6 +11,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from arpo_ext.rollout.vllm_entropy import EntropyProcessor
 
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
+
+
+def is_tied(model_config: Any) -> bool:
+    """Whether the head shares the embedding's weight; `model_config` is vLLM's."""
+    return bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
 
 
 class WorkerExtension:
@@ -29,7 +35,7 @@ class WorkerExtension:
         """Load weights under their checkpoint names into the running model."""
         model = self.model_runner.get_model()
         self.reload_weights(weights_iterator=weights)
-        if not self.model_config.hf_config.tie_word_embeddings:
+        if not is_tied(self.model_config):
             return
         # On the CPU a layer multiplies with a packed copy of its weight. A tied head shares the embedding's weight,
         # which was loaded, but its own copy is only packed anew here: without this every logit comes from the head of
