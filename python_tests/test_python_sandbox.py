@@ -236,6 +236,15 @@ def test_files_are_limited(tool):
     assert "Too many open files" in run(tool, "files = [open('/dev/null') for _ in range(100)]").text
 
 
+def test_shared_memory_that_outlives_processes_is_switched_off(tool):
+    code = """\
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        print(libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600))
+        """
+    assert run(tool, code).text == "-1 -1"
+
+
 def test_a_gigabyte_of_output_is_cut(tool):
     code = """\
         import os

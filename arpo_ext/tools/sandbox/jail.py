@@ -1,5 +1,6 @@
 """What code of the model is locked into: probed and prepared once, entered by every call."""
 
+import contextlib
 import itertools
 import os
 import pwd
@@ -110,6 +111,10 @@ class Jail:
         flags = sum(flag for name, flag in shared if name not in self.missing)
         if flags:
             kernel.unshare(flags, "unshare call")
+        if "ipc namespace" not in self.missing:
+            # Memory that no limit of a process counts.
+            for name in ("shmmni", "msgmni"):
+                self._write_if_allowed(f"sys/kernel/{name}", "0")
         owner = self._uids[slot % _SLOTS] if self._changes_uid else os.getuid()
         if self.has_root:
             # In this call's own mount namespace: the folder and what is in it vanish with the last process.
@@ -120,9 +125,13 @@ class Jail:
         os.chown(folder, owner, -1)
         return folder
 
+    def _write_if_allowed(self, name: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            kernel.write_at(self._proc, name, text)
+
     def enter(self, slot: int, folder: str, *, memory_mb: int, cpu_s: int) -> None:
         """In the process that will run the code: lock the door and throw the key away."""
-        kernel.write_at(self._proc, "self/oom_score_adj", "1000")
+        self._write_if_allowed("self/oom_score_adj", "1000")
         if self._nested_users:
             outer = os.getuid(), os.getgid()
             kernel.unshare(kernel.NEWUSER, "unshare user")
