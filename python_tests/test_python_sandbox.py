@@ -478,7 +478,11 @@ def test_a_missing_mechanism(monkeypatch, caplog):
 PROBE = """
 import sys, time
 from arpo_ext.config import PythonToolConfig
+from arpo_ext.tools import python_sandbox
 from arpo_ext.tools.python_sandbox import PythonTool
+if sys.argv[2:] == ["no landlock"]:
+    patch = "; import sandbox.kernel as k; k.landlock_version = lambda: k._syscall(-1, 'Landlock'); main("
+    python_sandbox._LAUNCH = python_sandbox._LAUNCH.replace("; main(", patch)
 tool = PythonTool(PythonToolConfig(timeout_s=1, sandbox=sys.argv[1]))
 tool.start()
 print(sorted(tool.missing))
@@ -489,6 +493,9 @@ for code in (
     "open('/etc/passwd')",
     "open('note', 'w').write('x'), open('note').read()",
     "import ctypes; ctypes.CDLL(None).unshare(0x20000)",
+    "open('/new', 'w')",
+    "open('/usr/lib/new', 'w')",
+    "import os; os.getcwd()",
 ):
     start = time.monotonic()
     print(repr(tool.run(code).text.split("\\n")[-1]), time.monotonic() - start < 5)
@@ -511,7 +518,15 @@ def test_without_privileges_a_user_namespace_gives_everything(tool):
         pytest.skip(errors.strip().rpartition("\n")[2])
     assert lines[:4] == ["[]", "'42' True", "'forked' True", "'TimeoutError: stopped after 1 s' True"], errors
     assert "FileNotFoundError" in lines[4]
-    assert lines[5:] == ["\"(1, 'x')\" True", "'-1' True"]
+    assert lines[5:7] == ["\"(1, 'x')\" True", "'-1' True"]
+
+
+def test_the_root_is_read_only_without_landlock_too(tool):
+    lines, errors = run_with_capabilities(",+setfcap", "required", "no landlock")
+    if "lacks" in errors:
+        pytest.skip(errors.strip().rpartition("\n")[2])
+    assert lines[0] == "['landlock']"
+    assert [line.count("Read-only file system") for line in lines[7:9]] == [1, 1], lines
 
 
 def test_where_namespaces_are_refused():
@@ -524,8 +539,11 @@ def test_where_namespaces_are_refused():
     assert lines[3] == "'TimeoutError: stopped after 1 s' True"
     if "landlock" not in lines[0]:
         assert "PermissionError" in lines[4]
-    assert lines[5:] == ["\"(1, 'x')\" True", "'-1' True"]
-    assert not list(Path("/tmp").glob("arpo-python-*"))
+    assert lines[5:7] == ["\"(1, 'x')\" True", "'-1' True"]
+    assert ["PermissionError" in line for line in lines[7:9]] == [True, True]
+    folder = Path(lines[9].split("'")[1])
+    assert folder.name.startswith("arpo-python-")
+    assert not folder.exists()
 
 
 def test_start_from_a_thread_that_ends():

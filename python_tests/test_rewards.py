@@ -376,11 +376,16 @@ class TestMathVerify:
         assert math_or_f1("13 November", "13 November 1993") == pytest.approx(0.8)
         assert hierarchical_reward(boxed("2^{-1}"), ["Vienna", "\\frac12"]).score == 1.0
 
-    def test_a_comparison_without_end_counts_as_unequal_and_the_next_one_works(self):
-        start = time.monotonic()
-        assert not math_equal("9^{9^{9^9}}", "\\sqrt{7}")
-        assert time.monotonic() - start < 20
-        assert math_equal("\\sqrt{28}/2", "\\sqrt{7}")
+    def test_a_comparison_without_end_counts_as_unequal_and_the_next_one_works(self, monkeypatch):
+        monkeypatch.setattr(math_module, "_LIMIT_S", 3)
+        worker = math_module._Worker()
+        try:
+            start = time.monotonic()
+            assert not worker.compare("9^{9^{9^9}}", "\\sqrt{7}")
+            assert time.monotonic() - start < 20
+            assert worker.compare("\\sqrt{28}/2", "\\sqrt{7}")
+        finally:
+            worker.close()
 
     def test_threads(self):
         answers = []
@@ -390,6 +395,25 @@ class TestMathVerify:
         for job in jobs:
             job.join()
         assert answers == [True] * 8
+
+
+def test_a_comparison_that_no_alarm_stops_ends_with_its_process(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text(
+        "LatexExtractionConfig = parse = lambda *args, **settings: args[:1]\n"
+        "def verify(gold, prediction, timeout_seconds):\n"
+        "    print('not an answer')\n"
+        "    while 'endless' in prediction[0]: pass\n"
+        "    return True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(math_module, "_LIMIT_S", 1)
+    monkeypatch.setattr(math_module.importlib.util, "find_spec", lambda name: True)
+    worker = math_module._Worker()
+    try:
+        for prediction, equal in (("short", True), ("endless", False), ("short", True)):
+            assert worker.compare(prediction, "gold") is equal
+    finally:
+        worker.close()
 
 
 def tree_of(*texts, results=()):

@@ -65,6 +65,13 @@ def test_equal_scores_keep_the_order_of_the_corpus(tmp_path):
     assert tool.run("words").text.split("\n") == [f"same words {i}" for i in range(7)]
 
 
+def test_ties_below_better_hits_keep_the_order_of_the_corpus(tmp_path):
+    rows = [{"text": f"word {'best' if i % 3 == 2 else 'good'} {i}"} for i in range(600)]
+    hits = started(write_rows(tmp_path / "c.jsonl", rows), top_k=300).run("word best").text.split("\n")
+    best = [row["text"] for row in rows if "best" in row["text"]]
+    assert hits == best + [row["text"] for row in rows if "good" in row["text"]][:100]
+
+
 def test_fewer_documents_than_top_k(tmp_path):
     assert started(write_rows(tmp_path / "c.jsonl", [{"text": "one"}]), top_k=5).run("one").text == "one"
 

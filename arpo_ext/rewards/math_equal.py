@@ -32,6 +32,7 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _DATE_LIKE = re.compile(r"\s*\d+\s*(?:[-:]\s*\d+\s*){1,2}|\s*\d+/\d+/\d+\s*")
 _ROOT = re.compile(r"√\s*(\d+|[A-Za-z])")
 _MAX_LENGTH = 1000
+_LIMIT_S = 5
 
 
 def is_mathematical(gold: str) -> bool:
@@ -121,7 +122,7 @@ class _Worker:
                 raise ImportError("mathematical comparison needs math-verify: pip install 'arpo-ext[rewards]'")
             script = str(Path(__file__).with_name("math_worker.py"))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", script],
+                [sys.executable, "-P", script, str(_LIMIT_S)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
