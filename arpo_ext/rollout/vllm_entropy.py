@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
@@ -49,10 +48,9 @@ class EntropyProcessor(*_BASES):
         rows = vllm_config.scheduler_config.max_num_seqs
         columns = vllm_config.additional_config.get(COLUMNS, vllm_config.model_config.max_model_len)
         self.log = EntropyLog(rows, columns, self._device)
-        # V1, by batch index: log row, limit, temperature, the request's growing list of output tokens. Beside it the
-        # same as arrays, because a loop over the batch at every token costs more than the entropies.
+        # V1, by batch index: log row, limit, temperature, the request's growing list of output tokens.
         self._open: dict[int, tuple[int, int, float, list[int]]] = {}
-        self._keep_arrays()
+        self._arrange()
         if self._states is not None:
             slots = self._states.max_num_reqs
             self._slots: list[tuple[int, int, float]] = [(0, 0, 1.0)] * slots
@@ -88,15 +86,17 @@ class EntropyProcessor(*_BASES):
                 tracked[target] = moved
             if replaced is not None and direction is MoveDirectionality.SWAP:
                 tracked[source] = replaced
-        self._keep_arrays()
+        self._arrange()
 
-    def _keep_arrays(self) -> None:
-        entries = list(self._open.values())
-        self._indices = np.array(list(self._open), dtype=np.int64)
-        self._rows = np.array([entry[0] for entry in entries], dtype=np.int64)
-        self._limits = np.array([entry[1] for entry in entries], dtype=np.int64)
-        self._batch_temperatures = np.array([entry[2] for entry in entries], dtype=np.float32)
-        self._outputs = [entry[3] for entry in entries]
+    def _arrange(self) -> None:
+        """The batch as lists by batch index, so that a token costs no look-ups. Rows not followed have limit 0."""
+        size = max(self._open, default=-1) + 1
+        entries = [self._open.get(index, (0, 0, 1.0, [])) for index in range(size)]
+        self._starts = [row * self.log.columns for row, _, _, _ in entries]
+        self._limits = [limit for _, limit, _, _ in entries]
+        self._outputs = [output for _, _, _, output in entries]
+        temperatures = [temperature for _, _, temperature, _ in entries]
+        self._temperature = temperatures[0] if len(set(temperatures)) == 1 else temperatures
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: take a slot over. True although nothing is modified: else `apply` may be skipped."""
@@ -124,21 +124,22 @@ class EntropyProcessor(*_BASES):
 
     def _record_batch(self, logits: torch.Tensor) -> None:
         """V1: row i of the logits is request i of the batch; its next token is output token len(output)."""
-        columns = np.fromiter(map(len, self._outputs), dtype=np.int64, count=len(self._outputs))
-        open_ = columns < self._limits
-        if not open_.any():
+        discard = self.log.discard
+        lengths = map(len, self._outputs)
+        cells = [
+            start + length if length < limit else discard
+            for start, length, limit in zip(self._starts, lengths, self._limits, strict=True)
+        ]
+        cells += [discard] * (logits.shape[0] - len(cells))
+        left_out = cells.count(discard)
+        if left_out == len(cells):
             return
-        size = logits.shape[0]
-        cells = np.full(size, self.log.discard)
-        cells[self._indices[open_]] = self._rows[open_] * self.log.columns + columns[open_]
-        mask = None if np.count_nonzero(open_) == size else self._send(cells != self.log.discard)
-        temperature = float(self._batch_temperatures[0])
-        if (self._batch_temperatures == temperature).all():
-            self.log.record(logits, self._send(cells), temperature, mask)
-        else:
-            temperatures = np.ones(size, dtype=np.float32)
-            temperatures[self._indices] = self._batch_temperatures
-            self.log.record(logits, self._send(cells), self._send(temperatures), mask)
+        mask = self._send([cell != discard for cell in cells], torch.bool) if left_out else None
+        temperature = self._temperature
+        if isinstance(temperature, list):
+            padding = [1.0] * (len(cells) - len(temperature))
+            temperature = self._send(temperature + padding, torch.float32)
+        self.log.record(logits, self._send(cells, torch.int64), temperature, mask)
 
     def _record_slots(self, logits: torch.Tensor, ctx: Any) -> None:
         """V2: rows name their slot and position; a row at position p feeds the token p + 1 of its sequence."""
@@ -149,9 +150,8 @@ class EntropyProcessor(*_BASES):
         cells = torch.where(wanted, self._row[slots] * self.log.columns + column, self.log.discard)
         self.log.record(logits, cells, self._temperatures[slots], wanted)
 
-    def _send(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return (tensor.pin_memory() if self._pin else tensor).to(self._device, non_blocking=True)
+    def _send(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, pin_memory=self._pin).to(self._device, non_blocking=True)
 
 
 def _wanted(params: Any) -> tuple[int, int, float] | None:
