@@ -17,7 +17,7 @@ NATIVE_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 CMAKE := PATH="$(abspath $(dir $(NATIVE_PYTHON))):$$PATH" cmake
 TORCH_CPU := torch==2.13.0+cpu
 
-.PHONY: demo test bench lint setup native
+.PHONY: demo test bench lint setup native cuda-check
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -51,10 +51,23 @@ $(READY): $(DEPENDENCIES) pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(MAKE) native
 	touch $@
 
+CONFIGURE = $(CMAKE) -S . -G Ninja \
+  -DPython_EXECUTABLE="$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)')" \
+  -Dpybind11_DIR="$$($(NATIVE_PYTHON) -m pybind11 --cmakedir)"
+
 # NATIVE_FLAGS=-DARPO_CUDA=OFF builds without CUDA although nvcc is there.
 native:
-	$(CMAKE) -S . -B build/native -G Ninja \
-	  -DPython_EXECUTABLE="$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)')" \
-	  -Dpybind11_DIR="$$($(NATIVE_PYTHON) -m pybind11 --cmakedir)" \
-	  -DARPO_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NATIVE_FLAGS)
+	$(CONFIGURE) -B build/native -DARPO_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NATIVE_FLAGS)
 	$(CMAKE) --build build/native
+
+# Every CUDA source for every release architecture. Prints registers per kernel, fails if one spills; with cuobjdump the
+# machine code is left in build/cuda-check/sass.txt.
+cuda-check:
+	$(CONFIGURE) -B build/cuda-check -DARPO_CUDA_ARCHITECTURES=release -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
+	  -DARPO_OUTPUT_DIRECTORY="$(CURDIR)/build/cuda-check/module"
+	$(CMAKE) --build build/cuda-check --clean-first >build/cuda-check/log.txt 2>&1 || { cat build/cuda-check/log.txt; exit 1; }
+	! command -v cuobjdump >/dev/null || cuobjdump --dump-sass build/cuda-check/module/_C*.so >build/cuda-check/sass.txt
+	c++filt <build/cuda-check/log.txt | awk '/Compiling entry function/ {kernel = $$0; sub(/.*function ./, "", kernel)} \
+	  /spill stores/ {spilled = $$5 + $$9} \
+	  /Used [0-9]+ registers/ {kernels++; bad += spilled > 0; print $$5, "registers,", spilled, "bytes spilled:", kernel} \
+	  END {print kernels + 0, "kernels,", bad + 0, "with spills"; exit !kernels || bad}'

@@ -75,7 +75,7 @@ py::object cuda_unusable() {
     const std::string reason = cuda::unusable_reason();
     return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
 #else
-    return py::str("built without CUDA (no nvcc at build time)");
+    return py::str("built without CUDA (no nvcc at build time, or ARPO_CUDA=OFF)");
 #endif
 }
 

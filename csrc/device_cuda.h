@@ -5,7 +5,7 @@
 
 namespace arpo::cuda {
 
-// Empty if device 0 can be used, else the driver's reason. Makes no CUDA context.
+// Empty if device 0 can run what was built, else the reason. Makes no CUDA context.
 std::string unusable_reason();
 
 }  // namespace arpo::cuda
