@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/pytest
 
 bench: setup
-	$(BIN)/arpo-ext bench
+	$(BIN)/arpo-ext bench $(BENCH)
 
 lint: setup
 	$(BIN)/ruff check .
