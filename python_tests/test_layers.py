@@ -35,7 +35,7 @@ LAYERS = {
 # The library a single file may import where its layer may not.
 EXTRAS = {
     "ops/logprob_entropy_triton.py": {"triton"},
-    "tools/search.py": {"bm25s", "Stemmer", "numpy"},
+    "tools/search.py": {"bm25s", "numpy"},
     "rewards/math_worker.py": {"math_verify"},
     "rollout/vllm_entropy.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},
