@@ -1,5 +1,10 @@
 """What tests share: tokenizers built in code, outputs that show if nobody wrote them, GPU tests only with a GPU."""
 
+import os
+
+# Matrices this small are slower on two threads than on one, on a busy machine up to 30 times. Read when torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

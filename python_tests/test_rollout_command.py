@@ -3,6 +3,7 @@
 The model is tiny and random, so tool tags are forced by a logit bias; what is tested is the tree, not the text.
 """
 
+import copy
 from collections import Counter
 from pathlib import Path
 
@@ -118,10 +119,15 @@ def test_entropies_and_logprobs_equal_a_recomputation_of_what_was_sampled(trees,
 
     probed = 0
     for tree in trees:
+        prompt = torch.tensor([tree.segments[0].tokens])
+        with torch.no_grad():
+            shared = model(prompt, use_cache=True)
         for leaf in tree.leaves:
             tokens = torch.tensor([tree.path_tokens(leaf.segment)])
             with torch.no_grad():
-                logprobs = torch.log_softmax(model(tokens).logits[0] + bias, -1)
+                response = model(tokens[:, prompt.shape[1] :], past_key_values=copy.deepcopy(shared.past_key_values))
+            logits = torch.cat([shared.logits[0], response.logits[0]])
+            logprobs = torch.log_softmax(logits + bias, -1)
             entropies = -(logprobs.exp() * logprobs).sum(-1)
             start = 0
             for index in tree.path(leaf.segment):

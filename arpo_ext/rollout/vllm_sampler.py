@@ -6,6 +6,7 @@ Left out here: entropies (`vllm_entropy`), which requests to make (`collect`), t
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -201,21 +202,24 @@ def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, se
         options["block_size"] = block_size
     _let_vllm_scan_modules()
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    llm = LLM(
-        str(model_path),
-        # "auto" would turn a float32 checkpoint into 16 bits.
-        dtype=str(AutoConfig.from_pretrained(model_path).dtype or "auto").removeprefix("torch."),
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        seed=seed,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        logits_processors=[ENTROPY_PROCESSOR],
-        worker_extension_cls=WORKER_EXTENSION,
-        additional_config={COLUMNS: columns},
-        use_tqdm_on_load=False,
-        **options,
-    )
+    with warnings.catch_warnings():
+        # From vLLM's scan of every loaded module, torch.distributed among them.
+        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
+        llm = LLM(
+            str(model_path),
+            # "auto" would turn a float32 checkpoint into 16 bits.
+            dtype=str(AutoConfig.from_pretrained(model_path).dtype or "auto").removeprefix("torch."),
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            seed=seed,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            logits_processors=[ENTROPY_PROCESSOR],
+            worker_extension_cls=WORKER_EXTENSION,
+            additional_config={COLUMNS: columns},
+            use_tqdm_on_load=False,
+            **options,
+        )
     # vLLM's CPU worker replaces torch.set_num_threads, for the whole process, by a function that does nothing.
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(config.threads or threads)
