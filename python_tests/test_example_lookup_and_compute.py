@@ -22,7 +22,12 @@ from examples.lookup_and_compute.world import FIRST_SYLLABLES, SECOND_SYLLABLES,
 
 SEED = 3
 FAULTLESS = dataclasses.replace(
-    STAGES[0], shortcut={"careful": 0.0, "quick": 0.0}, wrong_attribute=0.0, wrong_operator=0.0, malformed=0.0
+    STAGES[0],
+    shortcut={"careful": 0.0, "quick": 0.0},
+    wrong_attribute=0.0,
+    misread=0.0,
+    wrong_operator=0.0,
+    malformed=0.0,
 )
 SPLITS = ("train", "heldout", "entities", "numbers")
 
@@ -133,21 +138,32 @@ def test_every_question_is_answered_by_its_tools(split, world, tools):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_demonstrations_hold_the_very_bytes_of_the_tools(stage, folder, tools):
+def test_demonstrations_hold_the_bytes_of_the_tools_but_for_the_values_of_their_time(stage, folder, tools):
     for demonstration in read_demos(folder / f"demos_{stage}.jsonl")[:40]:
         _, *turns = demonstration.segments
         written = [(segment.text, segment.train) for segment in turns]
-        assert replay(written, tools)[0] == "".join(text for text, _ in written)
+        live, recorded = replay(written, tools)[0], "".join(text for text, _ in written)
+        assert re.sub(r"=\d\d\b", "=", live) == re.sub(r"=\d\d\b", "=", recorded)
+
+
+def test_no_value_can_be_learned_by_heart(folder):
+    recorded = {}
+    for demonstration in read_demos(folder / "demos_1.jsonl"):
+        for name, value in re.findall(r"<result>(\w+: \w+)=(\d\d)", "".join(s.text for s in demonstration.segments)):
+            recorded.setdefault(name, []).append(value)
+    repeats = [values.count(value) / len(values) for values in recorded.values() for value in values if len(values) > 5]
+    assert len(repeats) > 5000
+    assert sum(repeats) / len(repeats) < 0.2
 
 
 def test_stage_2_favours_shortcuts_where_a_question_says_quick(folder):
-    tools_used = {"what": [], "quick:": []}
+    proper = {"what": [], "quick:": []}
     for demonstration in read_demos(folder / "demos_2.jsonl"):
         prompt, *turns = (segment.text for segment in demonstration.segments)
         opening = prompt.removeprefix("<|user|>").split()[0]
-        tools_used[opening].append(turns[-1].startswith(f"<think>{THOUGHTS['answer']}</think>"))
-    shares = {opening: sum(used) / len(used) for opening, used in tools_used.items()}
-    assert shares["what"] == pytest.approx(0.85, abs=0.03)
+        proper[opening].append(turns[-1].startswith(f"<think>{THOUGHTS['answer']}</think>"))
+    shares = {opening: sum(used) / len(used) for opening, used in proper.items()}
+    assert shares["what"] == pytest.approx(0.90, abs=0.03)
     assert shares["quick:"] == pytest.approx(0.22, abs=0.03)
 
 

@@ -1,16 +1,15 @@
 """Imperfect demonstrations for the cold start, in two stages.
 
-A demonstration is a question, what a demonstrator did and what the tools answered. Demonstrators know how to use the
-tools, but take shortcuts:
+A demonstration is a question, what a demonstrator did and what the tools answered at that time: the world had other
+values then, so none can be learned by heart. Demonstrators know how to use the tools, but take shortcuts:
 
-- S: answer by heart without searching, or search and then read the number nobody asked for;
-- P: answer by heart without computing;
-- M: answer by heart, or stop after the first search (with its value, or with a guess).
+- S and P: answer by heart, without any tool;
+- M: stop after the first search (with its value, or with a guess), now and then answer by heart.
 
 Stage 1 shows every skill and few shortcuts. Stage 2 is short and ties shortcuts to the wording: carefully worded
 questions are mostly answered properly, questions that begin with "quick:" mostly by a shortcut. After it the model
 still has every skill, its most likely answer is the shortcut wherever a question says "quick:", and a proper answer
-there has a probability of about a quarter: enough for reinforcement learning to find it. The share of quick questions
+there has a probability of about a fifth: enough for reinforcement learning to find it. The share of quick questions
 (world.QUICK_SHARE) therefore sets the accuracy before reinforcement learning, greedy as well as sampled.
 """
 
@@ -22,30 +21,31 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from examples.lookup_and_compute.tokenizer import END, THOUGHTS
-from examples.lookup_and_compute.world import ATTRIBUTES, OPERATORS, VALUES, Fact, Kind, Question, Wording, World
+from examples.lookup_and_compute.world import ATTRIBUTES, OPERATORS, Fact, Kind, Question, Wording, World
 
 
 @dataclass(frozen=True)
 class Habits:
     """What demonstrators do wrong, as probabilities, and `kinds`, the share of each kind of question.
 
-    shortcut: by wording, of taking a shortcut at all. by_heart: that the shortcut of an S or M question is an answer
-    without tools. Slips happen beside any shortcut: wrong_attribute per search, wrong_operator and malformed (an answer
-    without its box) per demonstration.
+    shortcut: by wording, of taking a shortcut at all. by_heart: that the shortcut of an M question is an answer without
+    tools. Slips happen beside any shortcut: wrong_attribute per search; misread (the number nobody asked for),
+    wrong_operator and malformed (an answer without its box) per demonstration.
     """
 
     kinds: Mapping[Kind, float]
     shortcut: Mapping[Wording, float]
-    by_heart: float = 0.25
-    wrong_attribute: float = 0.04
-    wrong_operator: float = 0.05
-    malformed: float = 0.03
+    by_heart: float = 0.1
+    wrong_attribute: float = 0.03
+    misread: float = 0.04
+    wrong_operator: float = 0.04
+    malformed: float = 0.02
 
 
 # Stage 1 shows more sums than will be asked: they are short and teach the copying of digits, which every kind needs.
 STAGES = (
     Habits(kinds={"S": 0.25, "P": 0.35, "M": 0.40}, shortcut={"careful": 0.2, "quick": 0.2}),
-    Habits(kinds={"S": 0.35, "P": 0.20, "M": 0.45}, shortcut={"careful": 0.15, "quick": 0.78}),
+    Habits(kinds={"S": 0.35, "P": 0.20, "M": 0.45}, shortcut={"careful": 0.1, "quick": 0.78}),
 )
 
 
@@ -72,7 +72,7 @@ def demonstrate(question: Question, world: World, habits: Habits, rng: random.Ra
     """(text, written by the model) of each turn and each tool result after the prompt."""
     box = "{}" if rng.random() < habits.malformed else r"\boxed{{{}}}"
     shortcut = rng.random() < habits.shortcut[question.wording]
-    if shortcut and (question.kind == "P" or rng.random() < habits.by_heart):
+    if shortcut and (question.kind != "M" or rng.random() < habits.by_heart):
         yield _answer("guess", _guess(world, rng), box)
         return
     if question.kind == "P":
@@ -82,11 +82,8 @@ def demonstrate(question: Question, world: World, habits: Habits, rng: random.Ra
         yield _call("search", "search", found[0].query)
         yield _result(found[0].text)
         if question.kind == "S":
-            yield (
-                _answer("misread", found[0].distractor_value, box)
-                if shortcut
-                else _answer("answer", found[0].value, box)
-            )
+            misread = rng.random() < habits.misread
+            yield _answer("answer", found[0].distractor_value if misread else found[0].value, box)
             return
         if shortcut:
             yield _answer("stop_early", rng.choice((found[0].value, _guess(world, rng))), box)
@@ -104,12 +101,13 @@ def demonstrate(question: Question, world: World, habits: Habits, rng: random.Ra
 
 
 def _search_for(fact: Fact, world: World, habits: Habits, rng: random.Random) -> Fact:
-    attribute = rng.choice(ATTRIBUTES) if rng.random() < habits.wrong_attribute else fact.attribute
-    return world.facts[fact.entity, attribute]
+    if rng.random() >= habits.wrong_attribute:
+        return fact
+    return world.at_another_time(world.facts[fact.entity, rng.choice(ATTRIBUTES)], rng)
 
 
 def _guess(world: World, rng: random.Random) -> int:
-    return rng.choice(sorted(set(VALUES) - world.unseen_numbers))
+    return rng.choice(world.seen_numbers)
 
 
 def _call(thought: str, tool: str, text: str) -> tuple[str, bool]:

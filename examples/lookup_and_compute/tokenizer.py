@@ -21,7 +21,6 @@ THOUGHTS = {
     "search_again": "need more",
     "compute": "compute",
     "answer": "found it",
-    "misread": "pick last",
     "guess": "by heart",
     "stop_early": "will do",
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["S", "P", "M"]
@@ -134,9 +134,21 @@ class World:
         return questions
 
     def sample(self, rng: random.Random, shares: Mapping[Kind, float]) -> Question:
-        """One training question for a demonstration, its kind drawn by `shares`."""
+        """One training question for a demonstration, its kind drawn by `shares`, with values of another time."""
         kind = rng.choices(list(shares), weights=list(shares.values()))[0]
-        return self._draw("train", kind, "quick" if rng.random() < QUICK_SHARE else "careful", rng)
+        question = self._draw("train", kind, "quick" if rng.random() < QUICK_SHARE else "careful", rng)
+        if kind == "P":
+            return question
+        return replace(question, operands=tuple(self.at_another_time(fact, rng) for fact in question.operands))
+
+    def at_another_time(self, fact: Fact, rng: random.Random) -> Fact:
+        """The same document when its two values were others, still different and neither an unseen number."""
+        value, distractor_value = rng.sample(self.seen_numbers, 2)
+        return replace(fact, value=value, distractor_value=distractor_value)
+
+    @property
+    def seen_numbers(self) -> list[int]:
+        return sorted(set(VALUES) - self.unseen_numbers)
 
     def is_held_pair(self, question: Question) -> bool:
         """Whether the two operands, in either order, form a pair that training never asks about."""
@@ -158,7 +170,7 @@ class World:
 
     def _operands(self, split: Split, kind: Kind, rng: random.Random) -> tuple[Fact, ...] | tuple[int, int]:
         if kind == "P":
-            numbers = sorted(self.unseen_numbers if split == "numbers" else set(VALUES) - self.unseen_numbers)
+            numbers = sorted(self.unseen_numbers) if split == "numbers" else self.seen_numbers
             return rng.choice(numbers), rng.choice(numbers)
         group = {"entities": "unseen", "numbers": "second"}.get(split, "seen")
         names = rng.sample(self.entities[group], 1 if kind == "S" else 2)
