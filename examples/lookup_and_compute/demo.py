@@ -7,11 +7,14 @@ in this process. `--smoke` takes a few steps only, to check the path in about a 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Matrices this small are slower on two threads than on one, several times so on a busy machine. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,8 +56,44 @@ def main(argv: list[str] | None = None) -> int:
         code = arpo_ext([command, "--config", str(CONFIGS / f"{name}.yaml"), *overrides])
         if code:
             return code
-    print(f"total: {time.perf_counter() - started:.0f} s, seed {arguments.seed}")
+    summary = summarize(out / "train", arguments.seed, time.perf_counter() - started)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"largest gap between the log-probabilities of sampler and trainer: {summary['logprob_gap_max']:.1e}")
+    print(f"total: {summary['seconds']} s, seed {arguments.seed}")
     return 0
+
+
+def summarize(run: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """The run in numbers: every evaluation before and after training, what training cost, and on which machine."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    steps = [row for row in rows if row["kind"] == "train"]
+    totals = ("tool_calls", "sampled_tokens", "forks", "fresh_paths")
+    return {
+        "seed": seed,
+        "seconds": round(seconds),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cores": os.cpu_count(), "processor": _processor()},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "arpo-ext")},
+        "before": _measures(evaluations[0]),
+        "after": _measures(evaluations[-1]),
+        "steps": len(steps),
+        **{f"training_{name}": sum(row[f"rollout/{name}"] for row in steps) for name in totals},
+        "logprob_gap_max": max(row["train/logprob_gap_max"] or 0.0 for row in steps),
+    }
+
+
+def _measures(row: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+
+
+def _processor() -> str:
+    """As the kernel names it; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _new_folder(wanted: Path | None, seed: int) -> Path:
