@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import importlib
 import json
 import os
@@ -211,6 +212,8 @@ def _peak_mb(call: Callable[[], Any], options: Options) -> float | None:
         call()
         return (torch.cuda.max_memory_allocated(options.device) - before) / 2**20
     try:
+        # Freed memory that the allocator kept would serve the call unseen.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # the high-water mark restarts at the present size
         before = _status_kb("VmRSS")

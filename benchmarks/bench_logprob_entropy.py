@@ -20,7 +20,7 @@ _QWEN_VOCAB = 151_936
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Ours computes in float32 whatever the dtype; torch's formula rounds every step to the dtype of the logits.
 _TOLERANCE = 5e-5
-_TORCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
+_TORCH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

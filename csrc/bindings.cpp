@@ -107,7 +107,7 @@ LogprobEntropyInputs logprob_entropy_inputs(Address logits, int dtype, std::int6
             at<const std::uint8_t>(mask),
             at<const float>(temperatures),
             temperature_stride,
-            static_cast<float>(temperature),
+            temperature,
             ignore_index};
 }
 

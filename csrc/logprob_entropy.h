@@ -33,7 +33,7 @@ struct LogprobEntropyInputs {
     const std::uint8_t* mask;
     const float* temperatures;
     std::int64_t temperature_stride;
-    float temperature;
+    double temperature;
     std::int64_t ignore_index;
 };
 

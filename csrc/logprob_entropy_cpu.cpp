@@ -33,7 +33,6 @@ void merge(RowSums& row, const RowSums& other, double temperature) {
     if (other.max == -kInfinity) return;
     const double shift = static_cast<double>(other.max) - row.max;
     const double factor = std::exp(shift / temperature);
-    if (factor == 0) return;
     row.a += factor * (other.a + shift * (other.s + 1));
     row.s += factor * (other.s + 1);
 }
@@ -71,10 +70,10 @@ bool holds_nan(const T* x, std::int64_t steps) {
     return found > 0;
 }
 
-// Adds a block whose maximum is at most row.max. kHoldsMax: elements equal to the maximum are counted, not summed, so
+// Adds a block whose maximum is at most row.max. kCountMax: elements equal to the maximum are counted, not summed, so
 // that the arg-max can be left out without cancellation; returns how many. Meanwhile `next` is fetched into the cache,
 // because this part of the work has no memory traffic of its own.
-template <bool kHoldsMax, class T>
+template <bool kCountMax, class T>
 std::int64_t add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, RowSums& row) {
     const F32x16 maximum = F32x16::set(row.max);
     F32x16 s0 = F32x16::set(0), s1 = s0, a0 = s0, a1 = s0;
@@ -87,7 +86,7 @@ std::int64_t add_block(const T* x, std::int64_t steps, const T* next, const Exp&
         load2(x + i * kStep, x0, x1);
         const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
         F32x16 e0 = exp(d0), e1 = exp(d1);
-        if (kHoldsMax) {
+        if (kCountMax) {
             const Mask16 other0 = not_equal(x0, maximum), other1 = not_equal(x1, maximum);
             others += count(other0) + count(other1);
             e0 = keep(other0, e0);
@@ -100,7 +99,7 @@ std::int64_t add_block(const T* x, std::int64_t steps, const T* next, const Exp&
     }
     row.s += static_cast<double>(sum(s0)) + sum(s1);
     row.a += static_cast<double>(sum(a0)) + sum(a1);
-    return kHoldsMax ? steps * kStep - others : 0;
+    return kCountMax ? steps * kStep - others : 0;
 }
 
 template <class T>
@@ -116,8 +115,6 @@ void add(const T* x, std::int64_t steps, const T* next, const Exp& exp, double t
         merge(higher, row, temperature);
         row = higher;
         row.s += static_cast<double>(add_block<true>(x, steps, next, exp, row) - 1);
-    } else if (maximum == row.max) {
-        row.s += static_cast<double>(add_block<true>(x, steps, next, exp, row));
     } else {
         add_block<false>(x, steps, next, exp, row);
     }
@@ -134,7 +131,7 @@ struct Padded {
 };
 
 template <class T>
-RowSums sum_range(const T* x, std::int64_t size, float temperature) {
+RowSums sum_range(const T* x, std::int64_t size, double temperature) {
     const Exp exp(temperature);
     RowSums row;
     std::int64_t begin = 0;
@@ -167,7 +164,7 @@ void set_element(T* x, double value) {
     *x = values[0];
 }
 
-float temperature_of(const LogprobEntropyInputs& in, std::int64_t row) {
+double temperature_of(const LogprobEntropyInputs& in, std::int64_t row) {
     return in.temperatures ? in.temperatures[row * in.temperature_stride] : in.temperature;
 }
 bool skipped(const LogprobEntropyInputs& in, std::int64_t row) { return in.mask && !in.mask[row]; }
@@ -307,7 +304,7 @@ void backward_row(const LogprobEntropyBackward& args, std::int64_t row, bool str
     const bool label = has_label(in, row);
     const double up_logprob = label && args.grad_logprob ? args.grad_logprob[row] : 0;
     const double up_entropy = args.grad_entropy ? args.grad_entropy[row] : 0;
-    const float temperature = temperature_of(in, row);
+    const double temperature = temperature_of(in, row);
     double at_label = 0;
     if (label) {
         // Read before the row is written: the gradient may take the place of the logits.

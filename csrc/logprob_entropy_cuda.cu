@@ -21,10 +21,13 @@ constexpr float kNan = __builtin_nanf("");
 struct Exp {
     float scale_high, scale_low, lowest;
 
-    __device__ explicit Exp(float temperature) {
+    // Division in two floats, because double is slow on many devices.
+    __device__ explicit Exp(double temperature) {
         const float log2e = 1.44269502f, log2e_rest = 1.92596299e-8f;
-        scale_high = log2e / temperature;
-        scale_low = (fmaf(-scale_high, temperature, log2e) + log2e_rest) / temperature;
+        const float high = static_cast<float>(temperature);
+        const float rest = static_cast<float>(temperature - high);
+        scale_high = log2e / high;
+        scale_low = (fmaf(-scale_high, high, log2e) + log2e_rest - scale_high * rest) / high;
         lowest = -127.0f / scale_high;  // 2^-127 is flushed to 0, and d * 0 stays finite
     }
     __device__ float clamp(float d) const { return max_or_nan(d, lowest); }
@@ -43,24 +46,23 @@ struct RowSums {
 __device__ RowSums empty_sums() { return {-kInfinity, 0.0f, 0.0f}; }
 
 // Sums relative to a larger maximum; `with_max` is 1 where the old arg-max has to become an ordinary element.
-__device__ void lower(RowSums& sums, float maximum, float with_max, float temperature) {
+__device__ void lower(RowSums& sums, float maximum, float with_max, const Exp& exp) {
     if (sums.max > -kInfinity) {
-        const float shift = sums.max - maximum;
-        const float factor = expf(shift / temperature);
-        // Below the smallest float the old sums are 0; factor * shift would be NaN for an infinite shift.
-        sums.a = factor > 0 ? factor * (sums.a + shift * (sums.s + with_max)) : factor * sums.s;
+        const float shift = exp.clamp(sums.max - maximum);
+        const float factor = exp(shift);
+        sums.a = factor * (sums.a + shift * (sums.s + with_max));
         sums.s = factor * (sums.s + with_max);
     }
     sums.max = maximum;
 }
 
-__device__ RowSums merge(RowSums x, RowSums y, float temperature) {
+__device__ RowSums merge(RowSums x, RowSums y, const Exp& exp) {
     if (y.max > x.max) {
         const RowSums swap = x;
         x = y;
         y = swap;
     }
-    if (y.max > -kInfinity) lower(y, x.max, 1.0f, temperature);
+    if (y.max > -kInfinity) lower(y, x.max, 1.0f, exp);
     // Sums of a part without maximum are 0, or NaN if the part held one.
     x.s += y.s;
     x.a += y.a;
@@ -74,9 +76,9 @@ __device__ void store(const RowSums& sums, float* three) {
 }
 __device__ RowSums load(const float* three) { return {three[0], three[1], three[2]}; }
 
-__device__ float temperature_of(const LogprobEntropyInputs& in, std::int64_t row) {
-    const float value = in.temperatures ? in.temperatures[row * in.temperature_stride] : in.temperature;
-    return value >= 1e-30f && value <= 1e30f ? value : kNan;
+__device__ double temperature_of(const LogprobEntropyInputs& in, std::int64_t row) {
+    const double value = in.temperatures ? in.temperatures[row * in.temperature_stride] : in.temperature;
+    return value >= 1e-30 && value <= 1e30 ? value : kNan;
 }
 __device__ bool skipped(const LogprobEntropyInputs& in, std::int64_t row) { return in.mask && !in.mask[row]; }
 // The label, or -1 if there is none to use.
@@ -88,7 +90,7 @@ __device__ std::int64_t label_of(const LogprobEntropyInputs& in, std::int64_t ro
 
 // Adds kCount elements of every lane. All lanes of the warp call together; elements that do not exist are -inf.
 template <int kCount>
-__device__ void add_group(const float (&x)[kCount], const Exp& exp, float temperature, RowSums& sums) {
+__device__ void add_group(const float (&x)[kCount], const Exp& exp, RowSums& sums) {
     float largest = x[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);
@@ -96,7 +98,7 @@ __device__ void add_group(const float (&x)[kCount], const Exp& exp, float temper
     const int lane = threadIdx.x % kWarp;
     float s = 0, a = 0;
     if (largest > sums.max) {  // the same for the whole warp, and rarer with every group
-        lower(sums, largest, lane == 0 ? 1.0f : 0.0f, temperature);
+        lower(sums, largest, lane == 0 ? 1.0f : 0.0f, exp);
         int count = 0;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
@@ -126,9 +128,8 @@ __device__ void add_group(const float (&x)[kCount], const Exp& exp, float temper
 
 // Sums of x[0..size), valid in thread 0. All threads of the block call together.
 template <class T>
-__device__ RowSums sum_range(const T* x, std::int64_t size, float temperature) {
+__device__ RowSums sum_range(const T* x, std::int64_t size, const Exp& exp) {
     constexpr int kPack = Pack<T>::kSize;
-    const Exp exp(temperature);
     RowSums sums = empty_sums();
     std::int64_t head = (16 - reinterpret_cast<std::uintptr_t>(x) % 16) % 16 / sizeof(T);
     head = head < size ? head : size;
@@ -152,14 +153,14 @@ __device__ RowSums sum_range(const T* x, std::int64_t size, float temperature) {
 #pragma unroll
             for (int i = 0; i < kPack; ++i) values[u * kPack + i] = to_float(loaded[u].values[i]);
         }
-        add_group(values, exp, temperature, sums);
+        add_group(values, exp, sums);
     }
     if (threadIdx.x < kWarp) {
         // At most 2 * (kPack - 1) <= 14 elements lie outside the aligned packs: one per lane of the first warp.
         const std::int64_t tail = head + packs * kPack;
         const std::int64_t index = threadIdx.x < head ? threadIdx.x : tail + (threadIdx.x - head);
         const float outside[1] = {index < size ? to_float(x[index]) : -kInfinity};
-        if (head > 0 || tail < size) add_group(outside, exp, temperature, sums);
+        if (head > 0 || tail < size) add_group(outside, exp, sums);
     }
     sums.s = warp_sum(sums.s);
     sums.a = warp_sum(sums.a);
@@ -167,7 +168,7 @@ __device__ RowSums sum_range(const T* x, std::int64_t size, float temperature) {
     if (threadIdx.x % kWarp == 0) store(sums, of_warp[threadIdx.x / kWarp]);
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (int warp = 1; warp < kWarps; ++warp) sums = merge(sums, load(of_warp[warp]), temperature);
+        for (int warp = 1; warp < kWarps; ++warp) sums = merge(sums, load(of_warp[warp]), exp);
     }
     return sums;
 }
@@ -188,7 +189,7 @@ template <class T>
 __device__ void finish_row(const LogprobEntropyForward& args, unsigned long long* invalid_labels, std::int64_t row,
                            RowSums sums) {
     const LogprobEntropyInputs& in = args.in;
-    const float temperature = temperature_of(in, row);
+    const float temperature = static_cast<float>(temperature_of(in, row));
     if (!isfinite(sums.max) || isnan(temperature)) sums.s = sums.max = kNan;
     const float log1p_s = log1pf(sums.s);
     const float mean_z = sums.a / temperature / (1 + sums.s);
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         return;
     }
     const T* x = static_cast<const T*>(args.in.logits) + args.in.shape.offset(row);
-    const RowSums sums = sum_range(x, args.in.shape.vocab, temperature_of(args.in, row));
+    const RowSums sums = sum_range(x, args.in.shape.vocab, Exp(temperature_of(args.in, row)));
     if (threadIdx.x == 0) finish_row<T>(args, invalid_labels, row, sums);
 }
 
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const std::int64_t begin = (blockIdx.x % pieces) * length;
     const std::int64_t rest = args.in.shape.vocab - begin;
     const T* x = static_cast<const T*>(args.in.logits) + args.in.shape.offset(row) + begin;
-    const RowSums sums = sum_range(x, rest < length ? rest : length, temperature_of(args.in, row));
+    const RowSums sums = sum_range(x, rest < length ? rest : length, Exp(temperature_of(args.in, row)));
     if (threadIdx.x == 0) store(sums, partials + 3 * static_cast<std::int64_t>(blockIdx.x));
 }
 
@@ -242,15 +243,15 @@ __global__ void __launch_bounds__(kThreads)
         if (lane == 0) write_row(args, row, 0, 0, 0, 0);
         return;
     }
-    const float temperature = temperature_of(args.in, row);
+    const Exp exp(temperature_of(args.in, row));
     RowSums sums = empty_sums();
     for (int piece = lane; piece < pieces; piece += kWarp) {
-        sums = merge(sums, load(partials + 3 * (row * pieces + piece)), temperature);
+        sums = merge(sums, load(partials + 3 * (row * pieces + piece)), exp);
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         const RowSums other{__shfl_down_sync(kAllLanes, sums.max, offset), __shfl_down_sync(kAllLanes, sums.s, offset),
                             __shfl_down_sync(kAllLanes, sums.a, offset)};
-        if (lane < offset) sums = merge(sums, other, temperature);
+        if (lane < offset) sums = merge(sums, other, exp);
     }
     if (lane == 0) finish_row<T>(args, invalid_labels, row, sums);
 }
@@ -297,10 +298,10 @@ __global__ void __launch_bounds__(kThreads)
     const T* x = static_cast<const T*>(args.in.logits) + args.in.shape.offset(row);
     T* gradient = static_cast<T*>(args.grad_logits) + args.grad_shape.offset(row);
     const bool masked = skipped(args.in, row);
-    const float temperature = temperature_of(args.in, row);
+    const double temperature = temperature_of(args.in, row);
     // Every thread works the row's scalars out for itself, before any thread of this block overwrites the label's logit.
     RowGradient g{};
-    if (!masked) g = row_gradient(args, row, x, temperature);
+    if (!masked) g = row_gradient(args, row, x, static_cast<float>(temperature));
     const Exp exp(temperature);
     const auto value = [&](float logit) {
         if (masked) return 0.0f;

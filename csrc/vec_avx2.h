@@ -1,5 +1,8 @@
 // F32x16 in two 256-bit registers (AVX2, FMA, F16C). Included by vec.h, inside the namespace.
 
+// Whether fma and fms round once.
+constexpr bool kFused = true;
+
 struct F32x16 {
     __m256 lo, hi;
     static F32x16 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -1,5 +1,8 @@
 // F32x16 in one 512-bit register. Included by vec.h, inside the namespace.
 
+// Whether fma and fms round once.
+constexpr bool kFused = true;
+
 struct F32x16 {
     __m512 v;
     static F32x16 set(float x) { return {_mm512_set1_ps(x)}; }
