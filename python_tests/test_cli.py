@@ -89,6 +89,44 @@ def test_a_bad_input_is_one_sentence_and_leaves_nothing_behind(case, tmp_path, m
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("search", "part"),
+    [
+        ("{}", "tools.search.corpus"),
+        ("{corpus: none.jsonl}", "none.jsonl"),
+        ("{corpus: CORPUS}", "empty"),
+    ],
+    ids=["no corpus", "missing corpus", "empty corpus"],
+)
+def test_a_tool_that_cannot_start_ends_the_run_before_the_engine(
+    search, part, tmp_path, model_folder, tag_tokenizer, capsys
+):
+    tag_tokenizer.save_pretrained(model_folder)
+    corpus = write(tmp_path / "corpus.jsonl")
+    prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
+    output = tmp_path / "out"
+    argv = ["rollout", f"model.path={model_folder}", f"data.train={prompts}", f"output_dir={output}"]
+    assert main([*argv, f"tools.search={search.replace('CORPUS', str(corpus))}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("arpo-ext rollout: ")
+    assert message.count("\n") == 1
+    assert part in message
+    assert not output.exists()
+
+
+def test_a_parquet_without_the_columns_is_refused(tmp_path, model_folder, capsys):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"question": ["q"]}), path)
+    assert main(["train", f"model.path={model_folder}", f"data.train={path}", f"output_dir={tmp_path / 'out'}"]) == 2
+    message = capsys.readouterr().err
+    assert "reward_model" in message
+    assert "question" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_used_run_folder_is_refused_and_kept(tmp_path, model_folder, capsys):
     prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
     metrics = write(tmp_path / "metrics.jsonl", {"step": 0})
