@@ -75,8 +75,10 @@ cuda-check: setup
 	@set -e; for arch in $(CUDA_RELEASE); do $(CUOBJDUMP) --dump-sass build/cuda-check/logprob_entropy_cuda.sm_$$arch.cubin \
 	  | grep -q 'LDG.*\.128' || { echo "logprob_entropy for sm_$$arch has no 16-byte load"; exit 1; }; done
 
-# On a machine with an NVIDIA GPU: the GPU tests, alone and under compute-sanitizer, and the benchmarks. No network.
-gpu-check: setup
-	$(BIN)/pytest -m gpu
-	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "not large"
-	$(BIN)/arpo-ext bench
+# On a machine with an NVIDIA GPU: the GPU tests, alone and under compute-sanitizer, and the benchmarks. Sets nothing up and
+# needs no network: .venv if it is there, else $(PYTHON) with torch, pybind11, cmake, ninja, pytest, pytest-timeout and
+# hypothesis.
+gpu-check: native
+	$(NATIVE_PYTHON) -m pytest -m gpu
+	compute-sanitizer --error-exitcode 1 $(NATIVE_PYTHON) -m pytest -m gpu
+	$(NATIVE_PYTHON) -m arpo_ext bench --device cuda

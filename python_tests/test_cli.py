@@ -1,5 +1,6 @@
 """The command line: what works without an engine, and one sentence with exit code 2 for every bad input."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -35,6 +36,13 @@ def test_info_as_json(capsys):
     description = json.loads(capsys.readouterr().out)
     assert description["backends"] == available_backends()
     assert description["versions"]["torch"]
+
+
+def test_the_installed_version_is_the_one_the_package_names(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"arpo-ext {importlib.metadata.version('arpo-ext')}\n"
 
 
 def bad_inputs(tmp_path, model):
