@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,7 @@ def _print_report(run: str | Path) -> int:
 def _run_config(arguments: argparse.Namespace) -> Config:
     """The configuration of a command that writes a run folder, checked before anything starts."""
     config = load_config(arguments.config, arguments.overrides)
-    if (config.output_dir / "metrics.jsonl").exists() and not config.train.resume:
+    if _has_metrics(config.output_dir) and not config.train.resume:
         raise ConfigError(
             f"output_dir {config.output_dir} holds a run already; expected a new folder or train.resume=true"
         )
@@ -215,14 +216,28 @@ def _read_prompts(config: Config, path: Path) -> list[Prompt]:
 
 @contextmanager
 def _run_folder(config: Config) -> Iterator[Tracker]:
-    """Create the run folder, or continue it when train.resume is set."""
+    """Create the run folder, or continue it when train.resume is set.
+
+    A caller's mistake that shows before anything was logged leaves no new folder behind.
+    """
     from arpo_ext.tracking import Tracker
 
     folder = config.output_dir
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    with Tracker(folder, config.tracking) as tracker:
-        yield tracker
+    try:
+        with Tracker(folder, config.tracking) as tracker:
+            yield tracker
+    except ArpoError:
+        if new and not _has_metrics(folder):
+            shutil.rmtree(folder)
+        raise
+
+
+def _has_metrics(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 @contextmanager

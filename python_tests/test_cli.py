@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 
 from arpo_ext.cli import main
 from arpo_ext.ops import available_backends
@@ -120,6 +121,22 @@ def test_a_tool_that_cannot_start_ends_the_run_before_the_engine(
     assert message.count("\n") == 1
     assert part in message
     assert not output.exists()
+
+
+def test_a_mistake_found_late_leaves_no_new_folder_and_can_be_mended(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    demos = write(
+        tmp_path / "demos.jsonl", {"segments": [{"tokens": [6, 7], "train": False}, {"tokens": [8, 9], "train": True}]}
+    )
+    output = tmp_path / "out"
+    argv = ["sft", f"model.path={tmp_path / 'model'}", f"sft.data={demos}", f"output_dir={output}", "sft.steps=1"]
+    argv += ["tracking.progress=false", "sft.batch_size=1", "sft.warmup_steps=0"]
+    assert main([*argv, "sft.max_tokens=3"]) == 2
+    assert "3" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(argv) == 0
+    assert (output / "model" / "config.json").is_file()
 
 
 def test_a_parquet_without_the_columns_is_refused(tmp_path, model_folder, capsys):
