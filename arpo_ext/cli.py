@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arpo_ext import __version__
 from arpo_ext.config import Config, dump_config, load_config
-from arpo_ext.errors import ArpoError, ConfigError
+from arpo_ext.errors import ArpoError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -195,7 +196,7 @@ def _print_report(run: str | Path) -> int:
 def _run_config(arguments: argparse.Namespace) -> Config:
     """The configuration of a command that writes a run folder, checked before anything starts."""
     config = load_config(arguments.config, arguments.overrides)
-    if _has_metrics(config.output_dir) and not config.train.resume:
+    if _holds_run(config.output_dir) and not config.train.resume:
         raise ConfigError(
             f"output_dir {config.output_dir} holds a run already; expected a new folder or train.resume=true"
         )
@@ -218,26 +219,31 @@ def _read_prompts(config: Config, path: Path) -> list[Prompt]:
 def _run_folder(config: Config) -> Iterator[Tracker]:
     """Create the run folder, or continue it when train.resume is set.
 
-    A caller's mistake that shows before anything was logged leaves no new folder behind.
+    A caller's mistake that shows before anything was logged leaves no new folder behind, and a refused checkpoint
+    leaves the configuration of its run.
     """
     from arpo_ext.tracking import Tracker
 
     folder = config.output_dir
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    path = folder / "config.yaml"
+    earlier = path.read_bytes() if path.exists() else None
+    path.write_text(dump_config(config), encoding="utf-8")
     try:
         with Tracker(folder, config.tracking) as tracker:
             yield tracker
-    except ArpoError:
-        if new and not _has_metrics(folder):
+    except ArpoError as error:
+        if new and not _holds_run(folder):
             shutil.rmtree(folder)
+        elif earlier is not None and isinstance(error, CheckpointError):
+            path.write_bytes(earlier)
         raise
 
 
-def _has_metrics(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
+def _holds_run(folder: Path) -> bool:
+    files = (folder / "metrics.jsonl", folder / "trees.jsonl")
+    return any(file.exists() and file.stat().st_size > 0 for file in files)
 
 
 @contextmanager
@@ -247,12 +253,21 @@ def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
     from arpo_ext.render import Renderer
     from arpo_ext.tools import ToolPool, build_tools
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The engine would make a process group of its own, and each process train a copy nobody synchronises.
+        raise ConfigError(
+            f"got {os.environ['WORLD_SIZE']} processes; expected one, launched without torchrun or accelerate"
+        )
     folder = model_folder(config.model)
     renderer = Renderer(load_tokenizer(config.model), config.tools.names)
     with ToolPool(build_tools(config.tools)) as tools:
         from arpo_ext.rollout.vllm_sampler import VllmSampler
 
-        yield VllmSampler(folder, config.engine, config.rollout, renderer, config.seed), tools, renderer
+        sampler = VllmSampler(folder, config.engine, config.rollout, renderer, config.seed)
+        try:
+            yield sampler, tools, renderer
+        finally:
+            sampler.close()
 
 
 def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Renderer, tracker: Tracker) -> Any:

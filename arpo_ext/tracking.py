@@ -135,14 +135,14 @@ def _finite(value: float) -> float | None:
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a JSONL file with the rows `keep` accepts; an unfinished line is dropped."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(path, encoding="utf-8") as source, open(temporary, "w", encoding="utf-8") as target:
+    with open(path, "rb") as source, open(temporary, "wb") as target:
         for line in source:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # half a line, perhaps cut inside a character
                 continue
             if keep(row):
-                target.write(line if line.endswith("\n") else line + "\n")
+                target.write(line if line.endswith(b"\n") else line + b"\n")
         target.flush()
         os.fsync(target.fileno())
     os.replace(temporary, path)

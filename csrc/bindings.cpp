@@ -44,7 +44,8 @@ Isa choose_isa(int code) {
 }
 
 // Beyond this range 1 / temperature or its product with a logit leaves float32. NaN is out of range too.
-bool valid_temperature(double temperature) { return temperature >= 1e-30 && temperature <= 1e30; }
+// 1e30 in float32 is a little more than in double, and passes too.
+bool valid_temperature(double temperature) { return temperature >= 1e-30 && temperature <= 1e30f; }
 constexpr const char* kTemperatureRange = "temperature must be positive, in 1e-30 to 1e30, got ";
 
 py::dict build_info() {

@@ -78,7 +78,7 @@ __device__ RowSums load(const float* three) { return {three[0], three[1], three[
 
 __device__ double temperature_of(const LogprobEntropyInputs& in, std::int64_t row) {
     const double value = in.temperatures ? in.temperatures[row * in.temperature_stride] : in.temperature;
-    return value >= 1e-30 && value <= 1e30 ? value : kNan;
+    return value >= 1e-30 && value <= 1e30f ? value : kNan;
 }
 __device__ bool skipped(const LogprobEntropyInputs& in, std::int64_t row) { return in.mask && !in.mask[row]; }
 // The label, or -1 if there is none to use.

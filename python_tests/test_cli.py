@@ -6,7 +6,9 @@ import json
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from arpo_ext.cli import main
+from arpo_ext.cli import _run_folder, main
+from arpo_ext.config import load_config
+from arpo_ext.errors import CheckpointError
 from arpo_ext.ops import available_backends
 
 
@@ -159,6 +161,27 @@ def test_a_used_run_folder_is_refused_and_kept(tmp_path, model_folder, capsys):
     assert main(argv) == 2
     assert "holds a run already; expected a new folder or train.resume=true" in capsys.readouterr().err
     assert metrics.read_text() == '{"step": 0}\n'
+
+
+def test_several_processes_are_refused(tmp_path, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
+    assert main(["rollout", f"model.path={model_folder}", f"data.train={prompts}", f"output_dir={tmp_path / 'o'}"]) == 2
+    assert "got 2 processes; expected one" in capsys.readouterr().err
+
+
+def test_a_folder_with_trees_alone_is_a_used_one(tmp_path, model_folder, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", {"question": "q", "answer": "1"})
+    write(tmp_path / "trees.jsonl", {"version": 1})
+    assert main(["rollout", f"model.path={model_folder}", f"data.train={prompts}", f"output_dir={tmp_path}"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_refused_checkpoint_keeps_the_configuration_of_its_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(CheckpointError), _run_folder(load_config(None, [f"output_dir={tmp_path}"])):
+        raise CheckpointError("another seed")
+    assert (tmp_path / "config.yaml").read_text() == "seed: 7\n"
 
 
 def test_an_unknown_command_exits_with_2():

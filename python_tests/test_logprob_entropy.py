@@ -325,7 +325,7 @@ def test_outputs_given_by_the_caller(backend):
     ops.logprob_entropy_into(logits, entropy=only, **options)
     assert torch.equal(only, entropy)
     with pytest.raises(
-        ValueError, match=r"entropy must be contiguous torch.float32 of shape \(3,\), got torch.float64"
+        ValueError, match=r"entropy must be contiguous torch.float32 of shape \(3,\) on \w+, got torch.float64"
     ):
         ops.logprob_entropy_into(logits, entropy=only.double())
     with pytest.raises(ValueError, match="go together"):
@@ -393,11 +393,38 @@ def test_inplace_backward(backend, dtype):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda x: x.view(-1, 7), lambda x: x[:, :-1], lambda x: x.unsqueeze(0)], ids=["view", "slice", "unsqueeze"]
+)
+def test_inplace_backward_refuses_a_view_of_a_leaf(view):
+    leaf = torch.randn(2, 3, 7, requires_grad=True)
+    with pytest.raises(ValueError, match="would overwrite a leaf"):
+        ops.logprob_entropy(view(leaf), inplace_backward=True)
+
+
+def test_inplace_backward_refuses_overlapping_rows():
+    logits = (torch.randn(20, requires_grad=True) * 1.0).unfold(0, 8, 1)
+    with pytest.raises(ValueError, match="do not overlap"):
+        ops.logprob_entropy(logits, inplace_backward=True)
+
+
+def test_direct_outputs_must_be_on_the_device_of_the_logits():
+    with pytest.raises(ValueError, match=r"on cpu, got .* on meta"):
+        ops.logprob_entropy_into(torch.randn(4, 9), entropy=torch.empty(4, device="meta"))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_the_bounds_of_the_temperature_are_inside_as_number_and_as_tensor(temperature):
+    logits = torch.randn(2, 9)
+    for given in (temperature, torch.tensor(temperature)):
+        assert ops.entropy(logits, temperature=given).isfinite().all()
+
+
 def test_inplace_backward_refuses_what_it_would_corrupt():
     leaf = random_logits(3, 65).requires_grad_()
     with pytest.raises(ValueError, match="leaf that requires grad"):
         ops.logprob_entropy(leaf, inplace_backward=True)
-    with pytest.raises(ValueError, match="expanded"):
+    with pytest.raises(ValueError, match="do not overlap"):
         ops.logprob_entropy((leaf * 1)[0].expand(3, 65), inplace_backward=True)
     logits = leaf * 1
     squares = logits.pow(2).sum()

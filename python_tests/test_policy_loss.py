@@ -350,3 +350,15 @@ def test_the_benchmark_checks_itself(capsys):
 
     assert bench_policy_loss.main(["--smoke", "--rounds", "1"]) == 0
     assert "torch eager" in capsys.readouterr().out
+
+
+def test_a_returned_gradient_changed_in_place_is_not_handed_out_again():
+    logprob = torch.randn(8, requires_grad=True)
+    loss, _ = ops.policy_loss(logprob, torch.randn(8), torch.ones(8), torch.ones(8), normalizer=8.0)
+    (first,) = torch.autograd.grad(loss, logprob, retain_graph=True)
+    expected = first.clone()
+    (again,) = torch.autograd.grad(loss, logprob, retain_graph=True)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+    first.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        torch.autograd.grad(loss, logprob)

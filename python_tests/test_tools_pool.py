@@ -166,6 +166,16 @@ def test_what_a_tool_raises_becomes_an_answer(caplog):
     assert "Traceback" in caplog.text
 
 
+def test_a_tool_that_answers_with_nothing_becomes_an_answer_too():
+    tool = ScriptedTool()
+    tool.run = lambda text: None
+    with ToolPool([tool]) as pool:
+        for _ in range(3):
+            result = pool.submit(ToolCall("echo", "x")).result(timeout=5)
+            assert not result.ok
+            assert "TypeError" in result.text
+
+
 def test_a_tool_that_cannot_start_closes_the_others():
     good, bad = ScriptedTool("good"), ScriptedTool("bad", start_error=ToolError("no corpus"))
     with pytest.raises(ToolError, match="no corpus"), ToolPool([good, bad]):

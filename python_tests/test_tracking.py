@@ -103,3 +103,12 @@ def test_other_ranks_write_and_show_nothing(tmp_path, capsys, monkeypatch):
         bar.update()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().err == ""
+
+
+def test_rewind_drops_a_line_cut_inside_a_character(tmp_path):
+    trees = tmp_path / "trees.jsonl"
+    whole = '{"metadata": {"step": 1}, "text": "é"}\n'.encode()
+    trees.write_bytes(whole + whole[: whole.index("é".encode()) + 1])
+    with Tracker(tmp_path, TrackingConfig(tensorboard=False, progress=False)) as tracker:
+        tracker.rewind(1)
+    assert trees.read_bytes() == whole

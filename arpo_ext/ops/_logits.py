@@ -113,8 +113,8 @@ def native_inputs(call: LogitsCall) -> tuple[object, list[Tensor]]:
     return inputs, kept
 
 
-def without_invalid_labels(call: LogitsCall) -> LogitsCall:
-    """Labels out of range: an error on the CPU, ignored and counted elsewhere (no wait for the device)."""
+def without_invalid_labels(call: LogitsCall, *, count: bool = True) -> LogitsCall:
+    """Labels out of range: an error on the CPU, ignored and (if `count`) counted elsewhere, without a wait."""
     if call.labels is None:
         return call
     invalid = ((call.labels < 0) | (call.labels >= call.logits.shape[-1])) & (call.labels != call.ignore_index)
@@ -127,7 +127,8 @@ def without_invalid_labels(call: LogitsCall) -> LogitsCall:
                 f"got {int(call.labels[invalid][0])}"
             )
         return call
-    invalid_label_counter(call.logits.device).add_(invalid.sum())
+    if count:
+        invalid_label_counter(call.logits.device).add_(invalid.sum())
     return call._replace(labels=call.labels.masked_fill(invalid, call.ignore_index))
 
 
@@ -154,7 +155,12 @@ def _indexed(device: torch.device) -> torch.device:
 
 def invalid_label_counter(device: torch.device) -> Tensor:
     if device not in _invalid_label_counters:
-        _invalid_label_counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+        # A sampler's first call is often in inference mode; a counter made there could not be added to outside it.
+        with torch.inference_mode(False):
+            _invalid_label_counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            # Once: a call on another stream must not count before the zero is there.
+            torch.cuda.current_stream(device).synchronize()
     return _invalid_label_counters[device]
 
 

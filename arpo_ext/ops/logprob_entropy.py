@@ -124,10 +124,11 @@ def logprob_entropy_into(
     for name, out in (("entropy", entropy), ("logprob", logprob)):
         if out is None:
             continue
-        if out.shape != logits.shape[:-1] or out.dtype != result_dtype(logits) or not out.is_contiguous():
+        expected = (logits.shape[:-1], result_dtype(logits), logits.device)
+        if (out.shape, out.dtype, out.device) != expected or not out.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous {result_dtype(logits)} of shape {tuple(logits.shape[:-1])}, "
-                f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+                f"{name} must be contiguous {expected[1]} of shape {tuple(expected[0])} on {expected[2]}, "
+                f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
             )
     if (logprob is None) != (labels is None):
         raise ValueError("logprob and labels go together; got only one of them")
@@ -135,10 +136,17 @@ def logprob_entropy_into(
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf:
+    # A view of a leaf is none itself, yet its memory is the leaf's.
+    owner = logits if logits._base is None else logits._base
+    if owner.requires_grad and owner.is_leaf:
         raise ValueError("inplace_backward would overwrite a leaf that requires grad; expected logits some op computed")
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("inplace_backward needs logits without expanded dimensions, got a stride of 0")
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"inplace_backward needs logits whose elements do not overlap, got strides {logits.stride()}"
+            )
+        reach += (size - 1) * stride
 
 
 def _forward_cpu(isa: str, call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
@@ -212,7 +220,9 @@ def _forward_reference(call: LogitsCall, logprob: Tensor | None, entropy: Tensor
 def _backward_reference(
     call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
 ) -> None:
-    out.copy_(reference.backward(*without_invalid_labels(call), stats, grad_logprob, grad_entropy))
+    # The forward pass has counted the invalid labels.
+    call = without_invalid_labels(call, count=False)
+    out.copy_(reference.backward(*call, stats, grad_logprob, grad_entropy))
 
 
 def _serves(*_: object) -> None:

@@ -256,6 +256,7 @@ def _keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
     # Not save_for_backward: its copies share memory uncounted, so autograd would take the buffer for a leaf's .grad
     # and add to it in place. Detached, since an output that holds itself is never freed.
     ctx.gradient = output[2].detach()
+    ctx.version = ctx.gradient._version
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -264,6 +265,11 @@ def _backward(ctx, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     rest = (None,) * 11
     if grad_loss is None:
         return None, *rest
+    if ctx.gradient._version != ctx.version:
+        raise RuntimeError(
+            "the gradient that an earlier backward pass of this policy_loss returned was modified in place; "
+            "expected it unchanged, or a clone of it, while the graph is retained"
+        )
     # A loss that is back-propagated itself has grad_loss 1: handing the gradient on saves reading and writing it again.
     # Traced tensors are subclasses and take the product.
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:

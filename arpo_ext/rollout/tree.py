@@ -171,7 +171,7 @@ def read_trees(path: str | Path) -> list[RolloutTree]:
     """The trees of a file that `data.append_trees` wrote. DataError names the line that is not one."""
     try:
         # Not splitlines: JSON leaves U+2028 and U+0085 inside strings as they are.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"tree file {path} cannot be read ({error.strerror}); expected one JSON tree a line") from None
     trees = []

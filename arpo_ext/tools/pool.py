@@ -178,17 +178,18 @@ class _Lane:
             timer = threading.Timer(self._tool.timeout_s, self._expire, (run,))
             timer.daemon = True
             timer.start()
-            result = self._answer(job[0])
+            result = self._answer(job[0], run)
             timer.cancel()
-            if not self._settle(run, replace(result, seconds=run.seconds)):
+            if not self._settle(run, result):
                 return
 
-    def _answer(self, text: str) -> ToolResult:
+    def _answer(self, text: str, run: _Run) -> ToolResult:
         try:
-            return self._tool.run(text)
+            # Inside: a tool that returns something else than a ToolResult is as broken as one that raises.
+            return replace(self._tool.run(text), seconds=run.seconds)
         except Exception as error:  # noqa: BLE001 - the one place where a tool's defect becomes an answer
             _log.exception("the %s tool raised on the call %r", self._tool.name, text[:200])
-            return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}")
+            return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}", run.seconds)
 
     def _expire(self, run: _Run) -> None:
         text = f"the {self._tool.name} tool did not answer within {self._tool.timeout_s:g} s"
