@@ -17,7 +17,7 @@ import pytest
 from arpo_ext.config import PythonToolConfig
 from arpo_ext.errors import ToolError
 from arpo_ext.tools import python_sandbox
-from arpo_ext.tools.python_sandbox import NO_OUTPUT, PythonTool
+from arpo_ext.tools.python_sandbox import NO_OUTPUT, PythonTool, _ServerLost
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
@@ -387,6 +387,17 @@ def test_a_dead_server_is_replaced(tool, caplog):
     assert tool.run("1 + 1").text == "2"
     assert tool._server._process.pid != before
     assert "starting another" in caplog.text
+
+
+def test_a_server_that_is_still_ending_is_not_asked_again(tool, monkeypatch):
+    def broken(request, timeout_s):
+        threading.Timer(0.1, os.kill, (server._process.pid, signal.SIGKILL)).start()
+        raise _ServerLost("Connection reset by peer")
+
+    server = tool._server
+    monkeypatch.setattr(server, "call", broken)
+    assert tool.run("1 + 1").text == "2"
+    assert tool._server is not server
 
 
 def test_a_server_that_dies_during_a_call():

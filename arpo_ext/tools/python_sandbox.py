@@ -122,10 +122,14 @@ class PythonTool:
         }
         # A lost server is replaced once: the code has no effects that a second run could double.
         for _ in range(2):
+            server = None
             try:
-                return self._result(self._running_server().call(request, config.timeout_s + _OVERHEAD_S))
+                server = self._running_server()
+                return self._result(server.call(request, config.timeout_s + _OVERHEAD_S))
             except _ServerLost as lost:
                 fault = str(lost)
+                if server is not None:
+                    server.await_end()
         return ToolResult(self.name, f"the python sandbox is not available: {fault}", ok=False)
 
     def _running_server(self) -> _Server:
@@ -206,6 +210,12 @@ class _Server:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def await_end(self) -> None:
+        """Give a server whose connection broke time to end: its sockets close before its exit can be seen, and the
+        next call would be sent to it again. Returns after half a second if only the call was lost."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.5)
 
     @property
     def status(self) -> int | None:
