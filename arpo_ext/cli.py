@@ -251,7 +251,7 @@ def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
     """Start the tools, then the sampler: a tool that cannot start costs no engine start."""
     from arpo_ext.model import load_tokenizer, model_folder
     from arpo_ext.render import Renderer
-    from arpo_ext.tools import ToolPool, build_tools
+    from arpo_ext.tools import open_pool
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The engine would make a process group of its own, and each process train a copy nobody synchronises.
@@ -260,7 +260,7 @@ def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
         )
     folder = model_folder(config.model)
     renderer = Renderer(load_tokenizer(config.model), config.tools.names)
-    with ToolPool(build_tools(config.tools)) as tools:
+    with open_pool(config.tools) as tools:
         from arpo_ext.rollout.vllm_sampler import VllmSampler
 
         sampler = VllmSampler(folder, config.engine, config.rollout, renderer, config.seed)

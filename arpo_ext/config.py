@@ -58,10 +58,18 @@ class SearchToolConfig(_Section):
 class ToolsConfig(_Section):
     python: PythonToolConfig | None = None
     search: SearchToolConfig | None = None
+    retries: int = Field(2, ge=0, description="further attempts after a fault that may pass, such as a broken network")
+    retry_delay_s: float = Field(0.5, ge=0, description="before the first further attempt; doubles each time")
+    cache: Path | None = Field(None, description="folder that keeps good answers between runs and processes")
+    cache_mb: PositiveInt = 1024
+    records: Path | None = Field(None, description=".jsonl that gets one row per call")
+    replay: Path | None = Field(None, description=".jsonl of records; answers then come from it alone")
+    replay_wait: bool = Field(False, description="replayed calls take as long as the recorded ones did")
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+        """The configured tools, in the order of the fields."""
+        return tuple(name for name in type(self).model_fields if isinstance(getattr(self, name), _Section))
 
 
 class EngineConfig(_Section):

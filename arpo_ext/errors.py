@@ -25,6 +25,10 @@ class ToolError(ArpoError, RuntimeError):
     """A tool cannot start. A call that fails later is a `ToolResult` with `ok=False`, never an exception."""
 
 
+class TransientToolError(ToolError):
+    """Raised by `Tool.run` for a fault that may pass (a network, a busy service): the pool tries again."""
+
+
 class SamplerError(ArpoError, RuntimeError):
     """The generation engine is not in a state that allows the request, such as a weight push with open requests."""
 

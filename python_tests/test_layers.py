@@ -35,6 +35,7 @@ LAYERS = {
 # The library a single file may import where its layer may not.
 EXTRAS = {
     "ops/logprob_entropy_triton.py": {"triton"},
+    "tools/cache.py": {"diskcache"},
     "tools/search.py": {"bm25s", "numpy"},
     "rewards/math_worker.py": {"math_verify"},
     "rollout/vllm_entropy.py": {"vllm"},

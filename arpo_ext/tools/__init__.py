@@ -1,6 +1,6 @@
 """Tools the model may call while it is sampled: a protocol, a pool that runs them, Python and search."""
 
-from arpo_ext.tools.base import Tool, build_tools
-from arpo_ext.tools.pool import ToolPool, ToolStats
+from arpo_ext.tools.base import Tool, build_tools, open_pool
+from arpo_ext.tools.pool import Retry, ToolPool, ToolStats
 
-__all__ = ["Tool", "ToolPool", "ToolStats", "build_tools"]
+__all__ = ["Retry", "Tool", "ToolPool", "ToolStats", "build_tools", "open_pool"]

@@ -1,6 +1,6 @@
-"""Runs tool calls beside the sampler: concurrency per tool, an enforced timeout, equal calls only once.
+"""Runs tool calls beside the sampler: concurrency per tool, an enforced timeout, retries, equal calls only once.
 
-What it leaves out: retries, a cache that outlives the pool, rate limits.
+What it leaves out: rate limits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from arpo_ext.errors import ToolError
+from arpo_ext.errors import ToolError, TransientToolError
 from arpo_ext.types import ToolCall, ToolResult
 
 if TYPE_CHECKING:
     from arpo_ext.tools.base import Tool
+    from arpo_ext.tools.cache import AnswerCache
+    from arpo_ext.tools.records import CallRecords
 
 _log = logging.getLogger(__name__)
 
@@ -29,14 +31,28 @@ _log = logging.getLogger(__name__)
 class ToolStats:
     """Counts since the pool started.
 
-    calls: calls submitted. cached: of those, answered by an equal call that had run or was running. failures: runs
-    that gave `ok=False`. seconds: wall-clock of all runs, added up.
+    calls: calls submitted. cached: of those, answered by an equal call that had run or was running, or by the cache on
+    disk. failures: runs that gave `ok=False`. retries: attempts after the first. seconds: wall-clock of all runs, added
+    up.
     """
 
     calls: int = 0
     failures: int = 0
     cached: int = 0
+    retries: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """What follows a `TransientToolError`: up to `attempts` more runs, `delay_s` apart, doubling each time.
+
+    All of them share the call's one timeout. Nothing else is run again: a program that prints nothing or fails has
+    given its answer.
+    """
+
+    attempts: int = 2
+    delay_s: float = 0.5
 
 
 class ToolPool:
@@ -48,13 +64,26 @@ class ToolPool:
 
     Every answer comes as a `ToolResult`. What the tool itself raises is its defect: it is logged with its traceback
     and becomes an answer with `ok=False`, here and nowhere else.
+
+    cache: keeps good answers of tools that have an `identity` beyond the pool. records: gets every call. The pool
+    closes both.
     """
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        *,
+        retry: Retry = Retry(),
+        cache: AnswerCache | None = None,
+        records: CallRecords | None = None,
+    ) -> None:
         self.names = tuple(tool.name for tool in tools)
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"got tools named {', '.join(self.names)}; expected every name once")
         self._tools = {tool.name: tool for tool in tools}
+        self._retry = retry
+        self._cache = cache
+        self._records = records
         self._lanes: dict[str, _Lane] = {}
         self._lock = threading.Lock()
         self._shared: dict[ToolCall, Future[ToolResult]] = {}
@@ -62,12 +91,17 @@ class ToolPool:
 
     def __enter__(self) -> ToolPool:
         with contextlib.ExitStack() as undo:
+            self._close_later(undo)
             for tool in self._tools.values():
-                undo.callback(tool.close)
                 tool.start()
             undo.pop_all()
-        self._lanes = {name: _Lane(tool) for name, tool in self._tools.items()}
+        self._lanes = {name: _Lane(tool, self._retry, self._cache) for name, tool in self._tools.items()}
         return self
+
+    def _close_later(self, stack: contextlib.ExitStack) -> None:
+        for part in (self._cache, self._records, *self._tools.values()):
+            if part is not None:
+                stack.callback(part.close)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -80,8 +114,7 @@ class ToolPool:
         for lane in lanes.values():
             lane.close()
         with contextlib.ExitStack() as closing:
-            for tool in self._tools.values():
-                closing.callback(tool.close)
+            self._close_later(closing)
 
     @property
     def stats(self) -> dict[str, ToolStats]:
@@ -110,23 +143,36 @@ class ToolPool:
             else:
                 self._count(call.name, cached=1)
         if first is None:
-            answer.add_done_callback(lambda done: self._finished(call, done.result()))
-            lane.put(call.text, answer)
+            run = _Run(call, answer)
+            answer.add_done_callback(lambda done: self._finished(run, done.result()))
+            lane.put(run)
         else:
-            first.add_done_callback(lambda done: answer.set_result(replace(done.result(), seconds=0.0, cached=True)))
+            first.add_done_callback(lambda done: self._share(call, answer, done.result()))
         return answer
 
-    def _finished(self, call: ToolCall, result: ToolResult) -> None:
+    def _finished(self, run: _Run, result: ToolResult) -> None:
         with self._lock:
-            self._count(call.name, failures=int(not result.ok), seconds=result.seconds)
+            self._count(
+                run.call.name,
+                failures=int(not result.ok),
+                cached=int(result.cached),
+                retries=max(run.attempts - 1, 0),
+                seconds=result.seconds,
+            )
             if not result.ok:
-                del self._shared[call]
+                del self._shared[run.call]
+        if self._records is not None:
+            self._records.add(run.call, result, attempts=run.attempts)
 
-    def _count(self, name: str, *, calls: int = 0, failures: int = 0, cached: int = 0, seconds: float = 0.0) -> None:
+    def _share(self, call: ToolCall, answer: Future[ToolResult], result: ToolResult) -> None:
+        shared = replace(result, seconds=0.0, cached=True)
+        answer.set_result(shared)
+        if self._records is not None:
+            self._records.add(call, shared, attempts=0)
+
+    def _count(self, name: str, **more: float) -> None:
         old = self._stats[name]
-        self._stats[name] = ToolStats(
-            old.calls + calls, old.failures + failures, old.cached + cached, old.seconds + seconds
-        )
+        self._stats[name] = replace(old, **{field: getattr(old, field) + value for field, value in more.items()})
 
 
 class _Lane:
@@ -136,21 +182,25 @@ class _Lane:
     place of the stuck one, and the stuck one ends whenever its run returns.
     """
 
-    def __init__(self, tool: Tool) -> None:
+    def __init__(self, tool: Tool, retry: Retry, cache: AnswerCache | None) -> None:
         self._tool = tool
-        self._waiting: queue.SimpleQueue[tuple[str, Future[ToolResult]] | None] = queue.SimpleQueue()
+        self._retry = retry
+        # Without an identity nobody knows what else an answer depends on, so it is not kept.
+        self._identity: str | None = getattr(tool, "identity", None)
+        self._cache = cache if self._identity is not None else None
+        self._waiting: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._running: set[_Run] = set()
         self._lock = threading.Lock()
         self._closed = False
         for _ in range(tool.workers):
             self._add_worker()
 
-    def put(self, text: str, answer: Future[ToolResult]) -> None:
+    def put(self, run: _Run) -> None:
         with self._lock:
             if not self._closed:
-                self._waiting.put((text, answer))
+                self._waiting.put(run)
                 return
-        answer.set_result(self._failure("the tool pool was closed before the call ran"))
+        run.answer.set_result(self._failure("the tool pool was closed before the call ran"))
 
     def close(self) -> None:
         with self._lock:
@@ -162,8 +212,8 @@ class _Lane:
                     unstarted.append(self._waiting.get_nowait())
             for _ in range(self._tool.workers):
                 self._waiting.put(None)
-        for _, answer in filter(None, unstarted):
-            answer.set_result(self._failure("the tool pool was closed before the call ran"))
+        for run in filter(None, unstarted):
+            run.answer.set_result(self._failure("the tool pool was closed before the call ran"))
         for run in running:
             self._settle(run, self._failure("the tool pool was closed while the call ran", run.seconds))
 
@@ -171,25 +221,43 @@ class _Lane:
         threading.Thread(target=self._work, name=f"tool-{self._tool.name}", daemon=True).start()
 
     def _work(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            run = _Run(job[1])
+        while (run := self._waiting.get()) is not None:
+            run.start()
             with self._lock:
                 self._running.add(run)
             timer = threading.Timer(self._tool.timeout_s, self._expire, (run,))
             timer.daemon = True
             timer.start()
-            result = self._answer(job[0], run)
+            result = self._answer(run)
             timer.cancel()
             if not self._settle(run, result):
                 return
 
-    def _answer(self, text: str, run: _Run) -> ToolResult:
-        try:
-            # Inside: a tool that returns something else than a ToolResult is as broken as one that raises.
-            return replace(self._tool.run(text), seconds=run.seconds)
-        except Exception as error:  # noqa: BLE001 - the one place where a tool's defect becomes an answer
-            _log.exception("the %s tool raised on the call %r", self._tool.name, text[:200])
-            return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}", run.seconds)
+    def _answer(self, run: _Run) -> ToolResult:
+        kept = None if self._cache is None else self._cache.get(self._identity, run.call)
+        if kept is not None:
+            return replace(kept, seconds=run.seconds)
+        result = self._run(run)
+        if self._cache is not None:
+            self._cache.put(self._identity, run.call, result)
+        return result
+
+    def _run(self, run: _Run) -> ToolResult:
+        delay_s = self._retry.delay_s
+        while True:
+            run.attempts += 1
+            try:
+                # Inside: a tool that returns something else than a ToolResult is as broken as one that raises.
+                return replace(self._tool.run(run.call.text), seconds=run.seconds)
+            except TransientToolError as error:
+                # A run whose call was answered meanwhile (timeout, closed pool) stops here.
+                if run.attempts > self._retry.attempts or run.settled.wait(delay_s):
+                    text = f"the {self._tool.name} tool failed {run.attempts} times, last: {error}"
+                    return self._failure(text, run.seconds)
+                delay_s *= 2
+            except Exception as error:  # noqa: BLE001 - the one place where a tool's defect becomes an answer
+                _log.exception("the %s tool raised on the call %r", self._tool.name, run.call.text[:200])
+                return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}", run.seconds)
 
     def _expire(self, run: _Run) -> None:
         text = f"the {self._tool.name} tool did not answer within {self._tool.timeout_s:g} s"
@@ -202,6 +270,7 @@ class _Lane:
             if run not in self._running:
                 return False
             self._running.remove(run)
+        run.settled.set()
         run.answer.set_result(result)
         return True
 
@@ -210,15 +279,21 @@ class _Lane:
 
 
 class _Run:
-    """One call that has been handed to the tool."""
+    """One call on its way through a lane."""
 
-    def __init__(self, answer: Future[ToolResult]) -> None:
+    def __init__(self, call: ToolCall, answer: Future[ToolResult]) -> None:
+        self.call = call
         self.answer = answer
+        self.attempts = 0
+        self.settled = threading.Event()
+        self._start: float | None = None
+
+    def start(self) -> None:
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        return 0.0 if self._start is None else time.monotonic() - self._start
 
 
 def _started_future() -> Future[ToolResult]:

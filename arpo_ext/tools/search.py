@@ -7,6 +7,7 @@ queries, corpora that do not fit into memory.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class SearchTool:
         self._documents: list[Document] = []
         self._by_title: dict[str, list[int]] = {}
         self._index: bm25s.BM25 | None = None
+
+    @property
+    def identity(self) -> str:
+        """Changes when the corpus or what is made of it does."""
+        status = os.stat(self._config.corpus)
+        settings = self._config.model_dump_json(include={"corpus", "top_k", "snippet_chars"})
+        return f"bm25 1 {settings} {status.st_size} {status.st_mtime_ns}"
 
     def start(self) -> None:
         if self._config.corpus is None:
