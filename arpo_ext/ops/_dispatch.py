@@ -59,7 +59,7 @@ def refuse_cpu(tensor: torch.Tensor, isa: str = "best") -> str | None:
 
 def refuse_cuda(tensor: torch.Tensor) -> str | None:
     """Reason why CUDA kernels cannot read `tensor`: other device, no native module, no driver, other dtype."""
-    if tensor.device.type != "cuda":
+    if _native.device_kind(tensor) != "cuda":
         return f"needs a CUDA tensor, got one on {tensor.device}"
     reason = _native.cuda_missing()
     if reason is None and tensor.dtype not in _native.DTYPE_CODES:

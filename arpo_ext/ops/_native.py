@@ -44,6 +44,11 @@ def cuda_missing() -> str | None:
     return C.cuda_unusable()
 
 
+def device_kind(tensor: torch.Tensor) -> str:
+    """Which native functions take the tensor's memory: "cpu" or "cuda". Tests replace it to emulate a GPU."""
+    return tensor.device.type
+
+
 def cuda_stream(tensor: torch.Tensor) -> int:
     """Handle of the stream torch runs on, for the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
@@ -56,4 +61,4 @@ def pointer(tensor: torch.Tensor | None) -> int:
 
 def place(tensor: torch.Tensor) -> tuple[int, ...]:
     """Where a native function on the tensor's device runs: (device index, stream) on a GPU, nothing on the CPU."""
-    return () if tensor.device.type == "cpu" else (tensor.device.index, cuda_stream(tensor))
+    return () if device_kind(tensor) == "cpu" else (tensor.device.index or 0, cuda_stream(tensor))

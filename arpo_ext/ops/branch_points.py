@@ -195,7 +195,7 @@ def _branch_points(
 ) -> Tensor:
     children = torch.empty(tree.shape, dtype=torch.int32, device=tree.device)
     native_rule, paths, _kept = _native_arguments(entropy_now, entropy_root, tree, room, key, turn, rule)
-    call = _native.C.branch_points_cpu if tree.device.type == "cpu" else _native.C.branch_points_cuda
+    call = _native.C.branch_points_cpu if _native.device_kind(tree) == "cpu" else _native.C.branch_points_cuda
     call(native_rule, paths, children.data_ptr(), *_native.place(tree))
     return children
 
@@ -207,6 +207,6 @@ def _branch_scores(
     score = torch.empty(tree.shape, dtype=torch.float32, device=tree.device)
     wish = torch.empty(tree.shape, dtype=torch.int32, device=tree.device)
     native_rule, paths, _kept = _native_arguments(entropy_now, entropy_root, tree, None, key, turn, rule)
-    call = _native.C.branch_scores_cpu if tree.device.type == "cpu" else _native.C.branch_scores_cuda
+    call = _native.C.branch_scores_cpu if _native.device_kind(tree) == "cpu" else _native.C.branch_scores_cuda
     call(native_rule, paths, score.data_ptr(), wish.data_ptr(), *_native.place(tree))
     return score, wish

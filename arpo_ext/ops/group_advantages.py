@@ -105,7 +105,7 @@ def _refuse_cpu(reward: Tensor) -> str | None:
 
 
 def _refuse_cuda(reward: Tensor) -> str | None:
-    if reward.device.type == "cuda" and reward.dtype != torch.float32:
+    if _native.device_kind(reward) == "cuda" and reward.dtype != torch.float32:
         return f"needs float32, got {reward.dtype}"
     return refuse_cuda(reward)
 
@@ -150,7 +150,7 @@ def _segment_advantages_fake(
 def _group_advantages(reward: Tensor, tree: Tensor, estimator: int, eps: float) -> Tensor:
     reward, tree = reward.contiguous(), tree.contiguous()
     leaf = torch.empty_like(reward)
-    call = _native.C.group_advantages_cpu if reward.device.type == "cpu" else _native.C.group_advantages_cuda
+    call = _native.C.group_advantages_cpu if _native.device_kind(reward) == "cpu" else _native.C.group_advantages_cuda
     sizes_and_addresses = reward.data_ptr(), tree.data_ptr(), reward.numel(), leaf.data_ptr()
     call(estimator, eps, *sizes_and_addresses, *_native.place(reward))
     return leaf
@@ -164,7 +164,7 @@ def _segment_advantages(
     inputs = [None if t is None else t.contiguous() for t in (leaf, leaf_weight, parent, leaf_segment)]
     segment, pair = leaf.new_empty(segments), leaf.new_empty(segments, 2)
     tree = _native.C.SegmentTree(*map(_native.pointer, inputs), leaf.numel(), segments)
-    if leaf.device.type == "cpu":
+    if _native.device_kind(leaf) == "cpu":
         _native.C.segment_advantages_cpu(tree, segment.data_ptr(), pair.data_ptr())
     else:
         totals = leaf.new_empty(segments, 4, dtype=torch.float64)
