@@ -43,6 +43,7 @@ ifeq ($(DEVICE),cpu)
 else
 	$(PIP) -r requirements/cuda.txt
 endif
+	$(PIP) --no-deps -r requirements/bench.txt
 	touch $@
 
 # The package is linked into .venv, not copied: edits count at once, `make native` renews the compiled part in place.
