@@ -48,7 +48,13 @@ class PythonToolConfig(_Section):
 
 
 class SearchToolConfig(_Section):
-    corpus: Path | None = Field(None, description=".jsonl with text (title, id) or .json map query -> text")
+    source: Literal["bm25", "http", "serper", "brave"] = Field(
+        "bm25",
+        description="local corpus, Search-R1's retrieval server, or a web service whose key is in the environment",
+    )
+    corpus: Path | None = Field(None, description=".jsonl or .parquet with text (title), or .json map query -> text")
+    index: Path | None = Field(None, description="folder that keeps the bm25 index; it is then mapped, not loaded")
+    url: str | None = Field(None, description="address of the http source, or of a web service's stand-in")
     top_k: PositiveInt = 3
     snippet_chars: PositiveInt = 1000
     workers: PositiveInt = 1

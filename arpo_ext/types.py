@@ -57,6 +57,14 @@ class ToolResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """What a search finds. `title` and `text` are searched, `text` is what the model gets to read."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """A branch decision: the policy's score, the room left in the tree when it was taken, the children granted."""
 

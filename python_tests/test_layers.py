@@ -36,7 +36,8 @@ LAYERS = {
 EXTRAS = {
     "ops/logprob_entropy_triton.py": {"triton"},
     "tools/cache.py": {"diskcache"},
-    "tools/search.py": {"bm25s", "numpy"},
+    "tools/search_bm25.py": {"bm25s", "numpy", "pyarrow"},
+    "tools/search_web.py": {"httpx"},
     "rewards/math_worker.py": {"math_verify"},
     "rollout/vllm_entropy.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},

@@ -9,7 +9,8 @@ import pytest
 
 from arpo_ext.config import SearchToolConfig
 from arpo_ext.errors import ToolError
-from arpo_ext.tools.search import SearchTool, read_corpus
+from arpo_ext.tools.search import SearchTool
+from arpo_ext.tools.search_bm25 import read_corpus
 
 pytest.importorskip("bm25s", reason="bm25s is not installed (extra: search)")
 
@@ -128,7 +129,7 @@ def test_map_from_query_to_text(tmp_path):
         ("c.jsonl", "{text}\n", "not JSON"),
         ("c.json", '["a"]', "expected a map"),
         ("c.json", "{", "not JSON"),
-        ("c.txt", "a", "expected .jsonl or .json"),
+        ("c.txt", "a", "expected .jsonl, .json or .parquet"),
         ("c.jsonl", '{"text": "..."}\n', "no word"),
     ],
 )
@@ -168,3 +169,66 @@ def test_real_queries_find_their_own_result():
     documents = read_corpus(CACHE)
     found = sum(tool.run(d.title).text == d.text for d in documents)
     assert found == len(documents)
+
+
+def rows_of(documents):
+    return [(document.title, document.text) for document in documents]
+
+
+def test_a_parquet_corpus_reads_like_json_lines(tmp_path, world):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(WORLD), tmp_path / "c.parquet")
+    assert rows_of(read_corpus(tmp_path / "c.parquet")) == rows_of(read_corpus(world))
+    (tmp_path / "broken.parquet").write_text("text")
+    with pytest.raises(ToolError, match=r"broken\.parquet cannot be read"):
+        read_corpus(tmp_path / "broken.parquet")
+
+
+QUERIES = ["mass of bornak", "bornak age", "tasmo", "47", "nothing here", "age mass"]
+
+
+def test_a_mapped_index_answers_as_the_one_in_memory(tmp_path):
+    rows = [*WORLD, {"title": "line\nend", "text": "a\u2028b\n日本 caf\u00e9"}, {"text": "untitled bornak"}]
+    corpus = write_rows(tmp_path / "c.jsonl", rows)
+    memory, mapped = started(corpus, top_k=4), started(corpus, top_k=4, index=tmp_path / "index")
+    for query in [*QUERIES, "日本", "line end"]:
+        assert mapped.run(query) == memory.run(query)
+
+
+def test_an_index_is_built_once_per_state_of_the_corpus(tmp_path, world, monkeypatch):
+    index = tmp_path / "index"
+    before = started(world, index=index, top_k=1)
+    text = before.run("mass of tasmo").text
+    made = (index / "documents.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr("arpo_ext.tools.search_bm25.read_corpus", lambda path: pytest.fail("read again"))
+    assert started(world, index=index, top_k=1).run("mass of tasmo").text == text
+    assert (index / "documents.jsonl").stat().st_mtime_ns == made
+    monkeypatch.undo()
+    write_rows(world, [{"title": "mass of tasmo", "text": "changed"}])
+    assert started(world, index=index, top_k=1).run("mass of tasmo").text == "changed"
+    # Whoever had the old index mapped still has it.
+    assert before.run("mass of tasmo").text == text
+
+
+def test_an_index_in_use_by_several_threads(tmp_path, world):
+    tool = started(world, index=tmp_path / "index", top_k=3)
+    expected = {query: tool.run(query) for query in QUERIES}
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(tool.run, QUERIES * 100))
+    assert answers == [expected[query] for query in QUERIES * 100]
+
+
+def test_an_index_never_replaces_other_files(tmp_path, world):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ToolError, match="holds other files"):
+        started(world, index=tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_half_an_index_is_built_again(tmp_path, world):
+    index = tmp_path / "index"
+    started(world, index=index)
+    (index / "arpo_ext_index.json").write_text("{")
+    assert started(world, index=index, top_k=1).run("mass of tasmo").text == "tasmo : mass 33 , age 63"
