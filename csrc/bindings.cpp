@@ -92,15 +92,16 @@ void bind_machine(py::module_& m) {
 }
 
 // Arguments that forward and backward, CPU and CUDA share; strides are in elements (see LogitRows).
-LogprobEntropyInputs logprob_entropy_inputs(Address logits, int dtype, std::int64_t rows, std::int64_t vocab,
-                                            std::int64_t inner, std::int64_t outer_stride, std::int64_t inner_stride,
-                                            Address labels, Address mask, Address temperatures,
-                                            std::int64_t temperature_stride, double temperature,
-                                            std::int64_t ignore_index) {
+LogitInputs logit_inputs(Address logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t inner,
+                         std::int64_t outer_stride, std::int64_t inner_stride, Address labels, Address mask,
+                         Address temperatures, std::int64_t temperature_stride, double temperature,
+                         std::int64_t ignore_index, std::int64_t vocab_start, std::int64_t vocab_total) {
     ARPO_CHECK(dtype >= 0 && dtype <= 2, "dtype code must be 0 to 2, got ", dtype);
     ARPO_CHECK(rows >= 0 && vocab >= 1, "logits must have at least one column, got ", rows, " x ", vocab);
     ARPO_CHECK(inner >= 1, "inner rows must be at least 1, got ", inner);
     ARPO_CHECK(temperatures != 0 || valid_temperature(temperature), kTemperatureRange, temperature);
+    ARPO_CHECK(vocab_start >= 0 && vocab_start <= vocab_total - vocab, "a shard of ", vocab, " columns from column ",
+               vocab_start, " does not fit a vocabulary of ", vocab_total);
     return {{rows, vocab, inner, outer_stride, inner_stride},
             static_cast<Dtype>(dtype),
             at<const void>(logits),
@@ -109,16 +110,24 @@ LogprobEntropyInputs logprob_entropy_inputs(Address logits, int dtype, std::int6
             at<const float>(temperatures),
             temperature_stride,
             temperature,
-            ignore_index};
+            ignore_index,
+            vocab_start,
+            vocab_total};
+}
+
+// A label elsewhere has no logit here: a shard alone has no logprob, and element [-1] would be read.
+void check_whole(const LogitInputs& in) {
+    ARPO_CHECK(in.vocab_total == in.shape.vocab, "forward needs all columns, got ", in.shape.vocab, " of ",
+               in.vocab_total);
 }
 
 // What only a device where memory can be read here allows: a label outside the vocabulary would be read out of bounds.
-void check_rows_on_cpu(const LogprobEntropyInputs& in) {
+void check_rows_on_cpu(const LogitInputs& in) {
     for (std::int64_t row = 0; row < in.shape.rows; ++row) {
         if (in.mask && !in.mask[row]) continue;
         if (in.labels && in.labels[row] != in.ignore_index) {
-            ARPO_CHECK(in.labels[row] >= 0 && in.labels[row] < in.shape.vocab, "labels must be in 0 to ",
-                       in.shape.vocab - 1, " or equal ignore_index ", in.ignore_index, ", got ", in.labels[row],
+            ARPO_CHECK(in.labels[row] >= 0 && in.labels[row] < in.vocab_total, "labels must be in 0 to ",
+                       in.vocab_total - 1, " or equal ignore_index ", in.ignore_index, ", got ", in.labels[row],
                        " at row ", row);
         }
         if (in.temperatures) {
@@ -128,13 +137,20 @@ void check_rows_on_cpu(const LogprobEntropyInputs& in) {
     }
 }
 
-void bind_logprob_entropy(py::module_& m) {
-    py::class_<LogprobEntropyInputs>(m, "LogprobEntropyInputs").def(py::init(&logprob_entropy_inputs));
+#ifdef ARPO_HAVE_CUDA
+void check_counter(const LogitInputs& in, Address invalid_labels) {
+    ARPO_CHECK(invalid_labels != 0 || in.labels == nullptr, "labels need a counter of invalid ones");
+}
+#endif
 
-    m.def("logprob_entropy_forward", [](int isa_code, int threads, const LogprobEntropyInputs& in, Address logprob,
+void bind_logprob_entropy(py::module_& m) {
+    py::class_<LogitInputs>(m, "LogitInputs").def(py::init(&logit_inputs));
+
+    m.def("logprob_entropy_forward", [](int isa_code, int threads, const LogitInputs& in, Address logprob,
                                         Address entropy, Address stats) {
         const Isa isa = choose_isa(isa_code);
         ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_whole(in);
         check_rows_on_cpu(in);
         const LogprobEntropyForward args{in, at<float>(logprob), at<float>(entropy), at<float>(stats), threads};
         if (in.shape.rows == 0) return;
@@ -142,8 +158,18 @@ void bind_logprob_entropy(py::module_& m) {
         ARPO_CALL(isa, logprob_entropy_forward, args);
     });
 
+    m.def("logprob_entropy_shard", [](int isa_code, int threads, const LogitInputs& in, Address running) {
+        const Isa isa = choose_isa(isa_code);
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_rows_on_cpu(in);
+        const LogprobEntropyShard args{in, at<double>(running), threads};
+        if (in.shape.rows == 0) return;
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, logprob_entropy_shard, args);
+    });
+
     // grad_logits may be the logits themselves; its rows have their own layout.
-    m.def("logprob_entropy_backward", [](int isa_code, int threads, const LogprobEntropyInputs& in, Address stats,
+    m.def("logprob_entropy_backward", [](int isa_code, int threads, const LogitInputs& in, Address stats,
                                          Address grad_logprob, Address grad_entropy, Address grad_logits,
                                          std::int64_t grad_inner, std::int64_t grad_outer_stride,
                                          std::int64_t grad_inner_stride) {
@@ -160,20 +186,29 @@ void bind_logprob_entropy(py::module_& m) {
         ARPO_CALL(isa, logprob_entropy_backward, args);
     });
 #ifdef ARPO_HAVE_CUDA
-    m.def("logprob_entropy_partials", [](const LogprobEntropyInputs& in, int device) {
+    m.def("logprob_entropy_partials", [](const LogitInputs& in, int device) {
         return logprob_entropy_partials(in.shape, device);
     });
     m.def("logprob_entropy_forward_cuda",
-          [](const LogprobEntropyInputs& in, Address logprob, Address entropy, Address stats, Address partials,
+          [](const LogitInputs& in, Address logprob, Address entropy, Address stats, Address partials,
              Address invalid_labels, int device, Address stream) {
-              ARPO_CHECK(invalid_labels != 0 || in.labels == nullptr, "labels need a counter of invalid ones");
+              check_whole(in);
+              check_counter(in, invalid_labels);
               const LogprobEntropyForward args{in, at<float>(logprob), at<float>(entropy), at<float>(stats), 0};
               const LogprobEntropyScratch scratch{at<float>(partials), at<unsigned long long>(invalid_labels)};
               py::gil_scoped_release release;
               logprob_entropy_forward_cuda(args, scratch, device, at<void>(stream));
           });
+    m.def("logprob_entropy_shard_cuda", [](const LogitInputs& in, Address running, Address partials,
+                                           Address invalid_labels, int device, Address stream) {
+        check_counter(in, invalid_labels);
+        const LogprobEntropyShard args{in, at<double>(running), 0};
+        const LogprobEntropyScratch scratch{at<float>(partials), at<unsigned long long>(invalid_labels)};
+        py::gil_scoped_release release;
+        logprob_entropy_shard_cuda(args, scratch, device, at<void>(stream));
+    });
     m.def("logprob_entropy_backward_cuda",
-          [](const LogprobEntropyInputs& in, Address stats, Address grad_logprob, Address grad_entropy,
+          [](const LogitInputs& in, Address stats, Address grad_logprob, Address grad_entropy,
              Address grad_logits, std::int64_t grad_inner, std::int64_t grad_outer_stride,
              std::int64_t grad_inner_stride, int device, Address stream) {
               ARPO_CHECK(grad_inner >= 1, "inner rows must be at least 1, got ", grad_inner);

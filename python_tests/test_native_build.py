@@ -67,12 +67,24 @@ def test_code_of_an_instruction_set_stays_in_its_namespace():
 
 
 def test_arguments_that_would_corrupt_memory_are_refused():
-    inputs = (0, 0, 1, 4, 1, 0, 4, 0, 0, 0, 0, 1.0, -100)
-    for index, value, message in ((1, 3, "dtype"), (3, 0, "column"), (4, 0, "inner"), (11, 0.0, "temperature")):
+    inputs = (0, 0, 1, 4, 1, 0, 4, 0, 0, 0, 0, 1.0, -100, 0, 4)
+    mistakes = (
+        (1, 3, "dtype"),
+        (3, 0, "column"),
+        (4, 0, "inner"),
+        (11, 0.0, "temperature"),
+        (13, -1, "does not fit"),
+        (13, 1, "4 columns from column 1 does not fit a vocabulary of 4"),
+        (14, 3, "does not fit"),
+    )
+    for index, value, message in mistakes:
         wrong = [*inputs[:index], value, *inputs[index + 1 :]]
         with pytest.raises(ValueError, match=message):
-            _native.C.LogprobEntropyInputs(*wrong)
-    good = _native.C.LogprobEntropyInputs(*inputs)
+            _native.C.LogitInputs(*wrong)
+    good = _native.C.LogitInputs(*inputs)
+    part = _native.C.LogitInputs(*inputs[:-1], 5)
+    with pytest.raises(ValueError, match="forward needs all columns, got 4 of 5"):
+        _native.C.logprob_entropy_forward(-1, 1, part, 0, 0, 0)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         _native.C.logprob_entropy_forward(-1, 0, good, 0, 0, 0)
     with pytest.raises(ValueError, match="instruction set code must be -1 to 2, got 7"):

@@ -13,7 +13,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LogitsCall(NamedTuple):
-    """The checked inputs that forward and backward share, in the order of the op's schema."""
+    """The checked inputs that forward and backward share: those of the op's schema in its order, then the shard.
+
+    The logits may be a shard: columns `vocab_start` and up of a vocabulary of `vocab_total` (None: these are all).
+    Labels count from the vocabulary's first column. One in another shard counts as a label, but has no logit here.
+    """
 
     logits: Tensor
     labels: Tensor | None
@@ -21,6 +25,17 @@ class LogitsCall(NamedTuple):
     temperatures: Tensor | None
     temperature: float
     ignore_index: int
+    vocab_start: int = 0
+    vocab_total: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, int]:
+        return self[:6]
+
+    @property
+    def vocab(self) -> int:
+        """Columns of the whole vocabulary."""
+        return self.logits.shape[-1] if self.vocab_total is None else self.vocab_total
 
 
 def checked_call(
@@ -97,7 +112,7 @@ def native_inputs(call: LogitsCall) -> tuple[object, list[Tensor]]:
     assert layout is not None
     kept = [t if t is None else t.contiguous() for t in (call.labels, call.mask, call.temperatures)]
     labels, mask, temperatures = kept
-    inputs = _native.C.LogprobEntropyInputs(
+    inputs = _native.C.LogitInputs(
         logits.data_ptr(),
         _native.DTYPE_CODES[logits.dtype],
         logits.numel() // logits.shape[-1],
@@ -109,6 +124,8 @@ def native_inputs(call: LogitsCall) -> tuple[object, list[Tensor]]:
         int(temperatures is not None and temperatures.dim() > 0),
         call.temperature,
         call.ignore_index,
+        call.vocab_start,
+        call.vocab,
     )
     return inputs, kept
 
@@ -117,17 +134,17 @@ def without_invalid_labels(call: LogitsCall, *, count: bool = True) -> LogitsCal
     """Labels out of range: an error on the CPU, ignored and (if `count`) counted elsewhere, without a wait."""
     if call.labels is None:
         return call
-    invalid = ((call.labels < 0) | (call.labels >= call.logits.shape[-1])) & (call.labels != call.ignore_index)
+    invalid = ((call.labels < 0) | (call.labels >= call.vocab)) & (call.labels != call.ignore_index)
     if call.mask is not None:
         invalid &= call.mask
     if call.logits.device.type == "cpu":
         if invalid.any():
             raise ValueError(
-                f"labels must be in 0 to {call.logits.shape[-1] - 1} or equal ignore_index {call.ignore_index}, "
+                f"labels must be in 0 to {call.vocab - 1} or equal ignore_index {call.ignore_index}, "
                 f"got {int(call.labels[invalid][0])}"
             )
         return call
-    if count:
+    if count and call.vocab_start == 0:  # all shards see the label
         invalid_label_counter(call.logits.device).add_(invalid.sum())
     return call._replace(labels=call.labels.masked_fill(invalid, call.ignore_index))
 

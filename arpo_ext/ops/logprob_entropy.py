@@ -18,25 +18,12 @@ apart for the backward pass, which reads the logits once and writes the gradient
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from arpo_ext.ops import _native
-from arpo_ext.ops import logprob_entropy_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu, refuse_cuda
-from arpo_ext.ops._logits import (
-    LogitsCall,
-    check_temperatures,
-    checked_call,
-    invalid_label_counter,
-    native_inputs,
-    refuse_layout,
-    result_dtype,
-    row_layout,
-    without_invalid_labels,
-)
+from arpo_ext.ops._dispatch import choose
+from arpo_ext.ops._logits import LogitsCall, checked_call, result_dtype
+from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
 
 
 def logprob_entropy(
@@ -68,7 +55,7 @@ def logprob_entropy(
     if inplace_backward:
         _check_inplace(logits)
         inplace_backward = not torch.compiler.is_compiling()
-    logprob, entropy, _ = torch.ops.arpo_ext.logprob_entropy_forward(*call, inplace_backward, backend)
+    logprob, entropy, _ = torch.ops.arpo_ext.logprob_entropy_forward(*call.inputs, inplace_backward, backend)
     return (None if labels is None else logprob), entropy
 
 
@@ -132,7 +119,7 @@ def logprob_entropy_into(
             )
     if (logprob is None) != (labels is None):
         raise ValueError("logprob and labels go together; got only one of them")
-    choose("logprob_entropy", _FORWARD, backend, call).run(call, logprob, entropy, None)
+    choose("logprob_entropy", FORWARD, backend, call).run(call, logprob, entropy, None)
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -148,97 +135,6 @@ def _check_inplace(logits: Tensor) -> None:
             )
         reach += (size - 1) * stride
 
-
-def _forward_cpu(isa: str, call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
-    inputs, _kept = native_inputs(call)
-    _native.C.logprob_entropy_forward(
-        _native.ISA_CODES[isa],
-        torch.get_num_threads(),
-        inputs,
-        _native.pointer(logprob),
-        entropy.data_ptr(),
-        _native.pointer(stats),
-    )
-
-
-def _backward_cpu(
-    isa: str, call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
-) -> None:
-    inputs, _kept = native_inputs(call)
-    upstream = [None if grad is None else grad.contiguous() for grad in (grad_logprob, grad_entropy)]
-    out_layout = row_layout(out)
-    assert out_layout is not None
-    _native.C.logprob_entropy_backward(
-        _native.ISA_CODES[isa],
-        torch.get_num_threads(),
-        inputs,
-        stats.data_ptr(),
-        *map(_native.pointer, upstream),
-        out.data_ptr(),
-        *out_layout,
-    )
-
-
-def _forward_cuda(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
-    inputs, _kept = native_inputs(call)
-    device, stream = _native.place(call.logits)
-    partials = call.logits.new_empty(_native.C.logprob_entropy_partials(inputs, device), dtype=torch.float32)
-    counter = None if call.labels is None else invalid_label_counter(call.logits.device)
-    _native.C.logprob_entropy_forward_cuda(
-        inputs, *map(_native.pointer, (logprob, entropy, stats, partials, counter)), device, stream
-    )
-
-
-def _backward_cuda(
-    call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
-) -> None:
-    inputs, _kept = native_inputs(call)
-    upstream = [None if grad is None else grad.contiguous() for grad in (grad_logprob, grad_entropy)]
-    out_layout = row_layout(out)
-    assert out_layout is not None
-    _native.C.logprob_entropy_backward_cuda(
-        inputs, stats.data_ptr(), *map(_native.pointer, upstream), out.data_ptr(), *out_layout, *_native.place(out)
-    )
-
-
-def _refuse_cpu(isa: str, call: LogitsCall, *_: object) -> str | None:
-    return refuse_cpu(call.logits, isa) or refuse_layout(call)
-
-
-def _refuse_cuda(call: LogitsCall, *_: object) -> str | None:
-    return refuse_cuda(call.logits) or refuse_layout(call)
-
-
-def _forward_reference(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
-    check_temperatures(call)
-    results = reference.forward(*without_invalid_labels(call))
-    for out, result in zip((logprob, entropy, stats), results, strict=True):
-        if out is not None:
-            out.copy_(result)
-
-
-def _backward_reference(
-    call: LogitsCall, stats: Tensor, grad_logprob: Tensor | None, grad_entropy: Tensor | None, out: Tensor
-) -> None:
-    # The forward pass has counted the invalid labels.
-    call = without_invalid_labels(call, count=False)
-    out.copy_(reference.backward(*call, stats, grad_logprob, grad_entropy))
-
-
-def _serves(*_: object) -> None:
-    return None
-
-
-_FORWARD = {
-    **{name: Backend(partial(_refuse_cpu, isa), partial(_forward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
-    "cuda": Backend(_refuse_cuda, _forward_cuda),
-    "reference": Backend(_serves, _forward_reference),
-}
-_BACKWARD = {
-    **{name: Backend(partial(_refuse_cpu, isa), partial(_backward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
-    "cuda": Backend(_refuse_cuda, _backward_cuda),
-    "reference": Backend(_serves, _backward_reference),
-}
 
 _INPUTS = "Tensor? labels, Tensor? mask, Tensor? temperatures, float temperature, int ignore_index"
 _UPSTREAM = "Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy"
@@ -264,7 +160,7 @@ def _empty_results(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tenso
 def _forward(logits, labels, mask, temperatures, temperature, ignore_index, inplace_backward, backend):
     call = LogitsCall(logits, labels, mask, temperatures, temperature, ignore_index)
     logprob, entropy, stats = _empty_results(logits, labels)
-    run = choose("logprob_entropy", _FORWARD, backend, call).run
+    run = choose("logprob_entropy", FORWARD, backend, call).run
     run(call, None if labels is None else logprob, entropy, stats)
     return logprob, entropy, stats
 
@@ -279,7 +175,7 @@ def _backward(*args):
     *inputs, stats, grad_logprob, grad_entropy, backend = args
     call = LogitsCall(*inputs)
     out = call.logits.new_empty(call.logits.shape)
-    choose("logprob_entropy", _BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
+    choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
     return out
 
 
@@ -292,7 +188,7 @@ def _backward_fake(logits, *_):
 def _backward_inplace(*args):
     *inputs, stats, grad_logprob, grad_entropy, backend = args
     call = LogitsCall(*inputs)
-    choose("logprob_entropy", _BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
+    choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
     # Native code writes behind torch's back; this is what makes other users of the logits raise.
     torch.autograd.graph.increment_version(call.logits)
 
