@@ -224,24 +224,40 @@ void bind_logprob_entropy(py::module_& m) {
 }
 
 BranchPaths branch_paths(Address entropy_now, Address entropy_root, Address tree, Address room, Address key,
-                         Address turn, std::int64_t paths, std::int64_t trees) {
+                         Address turn, Address streak, Address siblings, Address value, std::int64_t paths,
+                         std::int64_t trees) {
     return {at<const float>(entropy_now),
             at<const float>(entropy_root),
             at<const std::int64_t>(tree),
             at<const std::int32_t>(room),
             at<const std::int64_t>(key),
             at<const std::int32_t>(turn),
+            at<const std::int32_t>(streak),
+            at<const std::int32_t>(siblings),
+            at<const float>(value),
             paths,
             trees};
 }
 
-BranchRule branch_rule(int policy, double base, double weight, double threshold, std::int32_t width,
+BranchRule branch_rule(int policy, double base, double weight, double threshold, double penalty, std::int32_t width,
                        std::int64_t seed) {
-    ARPO_CHECK(policy >= 0 && policy <= static_cast<int>(BranchPolicy::chain), "policy code must be 0 to 2, got ",
+    ARPO_CHECK(policy >= 0 && policy <= static_cast<int>(BranchPolicy::appo), "policy code must be 0 to 6, got ",
                policy);
     ARPO_CHECK(width >= 0, "width must be at least 0, got ", width);
-    return {static_cast<BranchPolicy>(policy), static_cast<float>(base), static_cast<float>(weight),
-            static_cast<float>(threshold),     width,                    static_cast<std::uint64_t>(seed)};
+    return {static_cast<BranchPolicy>(policy),
+            static_cast<float>(base),
+            static_cast<float>(weight),
+            static_cast<float>(threshold),
+            static_cast<float>(penalty),
+            width,
+            static_cast<std::uint64_t>(seed)};
+}
+
+// A policy must not meet a null pointer in what it reads.
+void check_branch_inputs(const BranchRule& rule, const BranchPaths& paths) {
+    ARPO_CHECK(paths.streak || rule.policy != BranchPolicy::aepo || paths.paths == 0, "aepo needs streak");
+    ARPO_CHECK(paths.siblings || rule.policy != BranchPolicy::at2po || paths.paths == 0, "at2po needs siblings");
+    ARPO_CHECK(paths.value || rule.policy != BranchPolicy::appo || paths.paths == 0, "appo needs value");
 }
 
 void bind_branch_points(py::module_& m) {
@@ -249,21 +265,25 @@ void bind_branch_points(py::module_& m) {
     py::class_<BranchRule>(m, "BranchRule").def(py::init(&branch_rule));
 
     m.def("branch_scores_cpu", [](const BranchRule& rule, const BranchPaths& paths, Address score, Address wish) {
+        check_branch_inputs(rule, paths);
         py::gil_scoped_release release;
         branch_scores_cpu(rule, paths, at<float>(score), at<std::int32_t>(wish));
     });
     m.def("branch_points_cpu", [](const BranchRule& rule, const BranchPaths& paths, Address children) {
+        check_branch_inputs(rule, paths);
         py::gil_scoped_release release;
         branch_points_cpu(rule, paths, at<std::int32_t>(children));
     });
 #ifdef ARPO_HAVE_CUDA
     m.def("branch_scores_cuda", [](const BranchRule& rule, const BranchPaths& paths, Address score, Address wish,
                                    int device, Address stream) {
+        check_branch_inputs(rule, paths);
         py::gil_scoped_release release;
         branch_scores_cuda(rule, paths, at<float>(score), at<std::int32_t>(wish), device, at<void>(stream));
     });
     m.def("branch_points_cuda",
           [](const BranchRule& rule, const BranchPaths& paths, Address children, int device, Address stream) {
+              check_branch_inputs(rule, paths);
               py::gil_scoped_release release;
               branch_points_cuda(rule, paths, at<std::int32_t>(children), device, at<void>(stream));
           });

@@ -11,18 +11,20 @@
 namespace arpo {
 
 // Codes as in arpo_ext/ops/branch_points.py.
-enum class BranchPolicy : int { paper = 0, random = 1, chain = 2 };
+enum class BranchPolicy : int { paper = 0, random = 1, chain = 2, reference = 3, aepo = 4, at2po = 5, appo = 6 };
 
 struct BranchRule {
     BranchPolicy policy;
     float base;
     float weight;
     float threshold;
+    float penalty;
     int32_t width;
     uint64_t seed;
 };
 
-// The inputs of L paths in T trees. `room` [T] is read by branch_points only.
+// The inputs of L paths in T trees. `room` is read by branch_points only, a pointer that the policy does not read may be
+// null.
 struct BranchPaths {
     const float* entropy_now;   // [L]
     const float* entropy_root;  // [L]
@@ -30,6 +32,9 @@ struct BranchPaths {
     const int32_t* room;        // [T]
     const int64_t* key;         // [L]
     const int32_t* turn;        // [L]
+    const int32_t* streak;      // [L], read by aepo
+    const int32_t* siblings;    // [L], read by at2po
+    const float* value;         // [L], read by appo
     int64_t paths;              // L
     int64_t trees;              // T
 };
@@ -73,21 +78,58 @@ ARPO_HOST_DEVICE inline float branch_draw(uint64_t seed, int64_t tree, int64_t k
     return static_cast<float>(state >> 40) * 0x1p-24f;
 }
 
+// Into [0, 1]; NaN stays NaN.
+ARPO_HOST_DEVICE inline float unit_clamped(float x) { return x < 0.0f ? 0.0f : (x > 1.0f ? 1.0f : x); }
+
+// weight * (now - root).
+ARPO_HOST_DEVICE inline float weighted_change(const BranchRule& rule, const BranchPaths& paths, int64_t i) {
+    return multiply_rounded(rule.weight, add_rounded(paths.entropy_now[i], -paths.entropy_root[i]));
+}
+
+ARPO_HOST_DEVICE inline float branch_draw(const BranchRule& rule, const BranchPaths& paths, int64_t i) {
+    return branch_draw(rule.seed, paths.tree[i], paths.key[i], paths.turn[i]);
+}
+
 ARPO_HOST_DEVICE inline BranchWish branch_wish(const BranchRule& rule, const BranchPaths& paths, int64_t i) {
+    float score = 0.0f;
+    bool wishes = false;
     switch (rule.policy) {
-        case BranchPolicy::paper: {
-            const float delta = add_rounded(paths.entropy_now[i], -paths.entropy_root[i]);
-            const float score = add_rounded(rule.base, multiply_rounded(rule.weight, delta));
-            return {score, score > rule.threshold ? rule.width : 0};
-        }
+        case BranchPolicy::paper:
+            score = add_rounded(rule.base, weighted_change(rule, paths, i));
+            wishes = score > rule.threshold;
+            break;
         case BranchPolicy::random: {
-            const float draw = branch_draw(rule.seed, paths.tree[i], paths.key[i], paths.turn[i]);
-            return {add_rounded(rule.base, -draw), draw < rule.base ? rule.width : 0};
+            const float draw = branch_draw(rule, paths, i);
+            score = add_rounded(rule.base, -draw);
+            wishes = draw < rule.base;
+            break;
         }
+        case BranchPolicy::reference: {
+            const float x = unit_clamped(add_rounded(branch_draw(rule, paths, i), -weighted_change(rule, paths, i)));
+            score = add_rounded(rule.base, -x);
+            wishes = x <= rule.base;
+            break;
+        }
+        case BranchPolicy::aepo: {
+            const float penalty = unit_clamped(multiply_rounded(rule.penalty, static_cast<float>(paths.streak[i])));
+            score = multiply_rounded(add_rounded(rule.base, weighted_change(rule, paths, i)),
+                                     add_rounded(1.0f, -penalty));
+            wishes = score > rule.threshold;
+            break;
+        }
+        case BranchPolicy::at2po:
+            score = add_rounded(paths.entropy_now[i],
+                                -multiply_rounded(rule.weight, static_cast<float>(paths.siblings[i])));
+            wishes = add_rounded(score, -score) == 0.0f;  // finite
+            break;
+        case BranchPolicy::appo:
+            score = multiply_rounded(paths.entropy_now[i], paths.value[i]);
+            wishes = paths.entropy_now[i] > 0.0f && paths.value[i] > 0.0f && score > 0.0f;
+            break;
         case BranchPolicy::chain:
             break;
     }
-    return {0.0f, 0};
+    return {score, wishes ? rule.width : 0};
 }
 
 // Whether path a is served before path b of the same tree.

@@ -18,19 +18,23 @@ def branch_scores(
     entropy_now: Tensor,
     entropy_root: Tensor,
     tree: Tensor,
+    room: Tensor,
     key: Tensor,
     turn: Tensor,
-    *,
+    streak: Tensor | None,
+    siblings: Tensor | None,
+    value: Tensor | None,
     policy: str,
     base: float,
     weight: float,
     threshold: float,
+    penalty: float,
     width: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Score [L] float32 and wished children [L] int32, as `arpo_ext.ops.branch_scores` defines them."""
-    base_f32, weight_f32, threshold_f32 = (
-        torch.full((), value, dtype=torch.float32, device=tree.device) for value in (base, weight, threshold)
+    base_f32, weight_f32, threshold_f32, penalty_f32 = (
+        torch.full((), value, dtype=torch.float32, device=tree.device) for value in (base, weight, threshold, penalty)
     )
     if policy == "paper":
         score = base_f32 + weight_f32 * (entropy_now - entropy_root)
@@ -39,11 +43,25 @@ def branch_scores(
         draw = uniform(seed, tree, key, turn)
         score = base_f32 - draw
         wishes = draw < base_f32
+    elif policy == "reference":
+        clipped = (uniform(seed, tree, key, turn) - weight_f32 * (entropy_now - entropy_root)).clamp(0, 1)
+        score = base_f32 - clipped
+        wishes = clipped <= base_f32
+    elif policy == "aepo":
+        kept = 1 - (penalty_f32 * streak.to(torch.float32)).clamp(0, 1)
+        score = (base_f32 + weight_f32 * (entropy_now - entropy_root)) * kept
+        wishes = score > threshold_f32
+    elif policy == "at2po":
+        score = entropy_now - weight_f32 * siblings.to(torch.float32)
+        wishes = score.isfinite()
+    elif policy == "appo":
+        score = entropy_now * value
+        wishes = (entropy_now > 0) & (value > 0) & (score > 0)
     elif policy == "chain":
         score = torch.zeros_like(entropy_now)
         wishes = torch.zeros_like(tree, dtype=torch.bool)
     else:
-        raise ValueError(f"branch_scores: got policy {policy!r}; expected 'paper', 'random' or 'chain'")
+        raise ValueError(f"branch_scores: got policy {policy!r}; expected one that arpo_ext.ops.branch_points names")
     return score, wishes.to(torch.int32) * width
 
 
