@@ -61,9 +61,30 @@ class SearchToolConfig(_Section):
     timeout_s: PositiveFloat = 30.0
 
 
+class SummarizerConfig(_Section):
+    """A chat model behind an OpenAI-compatible endpoint."""
+
+    url: str = Field(description="the endpoint's base, such as http://localhost:8000/v1")
+    model: str
+    key_variable: str = Field("OPENAI_API_KEY", description="variable of the environment that holds the key, if any")
+    max_tokens: PositiveInt = 512
+    timeout_s: PositiveFloat = 60.0
+
+
+class BrowserToolConfig(_Section):
+    page_chars: PositiveInt = Field(6000, description="most text of a page that the model, or the summarizer, gets")
+    window_chars: PositiveInt = Field(1000, description="pieces in which a long page is chosen from")
+    max_mb: PositiveFloat = Field(4.0, description="most bytes read of a page")
+    allow_private: bool = Field(False, description="also fetch from addresses inside this network")
+    summarizer: SummarizerConfig | None = None
+    workers: PositiveInt = 8
+    timeout_s: PositiveFloat = 40.0
+
+
 class ToolsConfig(_Section):
     python: PythonToolConfig | None = None
     search: SearchToolConfig | None = None
+    browser: BrowserToolConfig | None = None
     retries: int = Field(2, ge=0, description="further attempts after a fault that may pass, such as a broken network")
     retry_delay_s: float = Field(0.5, ge=0, description="before the first further attempt; doubles each time")
     cache: Path | None = Field(None, description="folder that keeps good answers between runs and processes")

@@ -35,6 +35,8 @@ LAYERS = {
 # The library a single file may import where its layer may not.
 EXTRAS = {
     "ops/logprob_entropy_triton.py": {"triton"},
+    "tools/browser.py": {"httpcore", "httpx", "trafilatura"},
+    "tools/web_page.py": {"httpcore", "trafilatura"},
     "tools/cache.py": {"diskcache"},
     "tools/search_bm25.py": {"bm25s", "numpy", "pyarrow"},
     "tools/search_web.py": {"httpx"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from arpo_ext.config import ToolsConfig
+from arpo_ext.tools.browser import BrowserTool
 from arpo_ext.tools.cache import AnswerCache
 from arpo_ext.tools.pool import Retry, ToolPool
 from arpo_ext.tools.python_sandbox import PythonTool
@@ -42,7 +43,7 @@ class Tool(Protocol):
         """Give back what `start` took; safe to call twice and without a start."""
 
 
-_TOOLS = {"python": PythonTool, "search": SearchTool}
+_TOOLS = {"python": PythonTool, "search": SearchTool, "browser": BrowserTool}
 
 
 def build_tools(config: ToolsConfig) -> list[Tool]:
