@@ -24,6 +24,11 @@ enum PolicyLossSum : int {
     kSumKlK1,
     kSumKlK3,
     kMaxLogRatio,
+    kSumKlK2,
+    kSumRefKlK1,
+    kSumRefKlK2,
+    kSumRefKlK3,
+    kSumEntropy,
     kPolicyLossSums
 };
 

@@ -85,7 +85,7 @@ inline Sides clip_sides(F32x16 r, const Bounds& bounds) {
 }
 
 struct BlockSums {
-    F32x16 objective, weight, high, low, dual, ratio, k1, k3, ratio_max, log_ratio_max;
+    F32x16 objective, weight, high, low, dual, ratio, k1, k2, k3, ratio_max, log_ratio_max;
     int tokens, nan;
 };
 
@@ -121,6 +121,7 @@ inline void add_tokens(const Inputs& in, const Bounds& bounds, float* gradient, 
     if (clip == PolicyClip::dual) sums.dual = sums.dual + keep(both(falling, greater(r, F32x16::set(bounds.dual))), w);
     sums.ratio = fma(w, r, sums.ratio);
     sums.k1 = sums.k1 - w * x;
+    sums.k2 = fma(w * x, x, sums.k2);
     sums.k3 = fma(w, ratio.above, sums.k3);
     sums.ratio_max = max(sums.ratio_max, keep(trained, r));
     sums.log_ratio_max = max(sums.log_ratio_max, max(x, zero - x));
@@ -140,6 +141,7 @@ void add_block(const BlockSums& block, Totals& totals) {
     sums[kSumRatio] += sum(block.ratio);
     sums[kSumKlK1] += sum(block.k1);
     sums[kSumKlK3] += sum(block.k3);
+    sums[kSumKlK2] += 0.5 * sum(block.k2);
     const float ratio_max = largest(block.ratio_max), log_ratio_max = largest(block.log_ratio_max);
     if (ratio_max > sums[kMaxRatio]) sums[kMaxRatio] = ratio_max;
     if (log_ratio_max > sums[kMaxLogRatio]) sums[kMaxLogRatio] = log_ratio_max;
@@ -148,7 +150,7 @@ void add_block(const BlockSums& block, Totals& totals) {
 template <PolicyClip clip, bool pair, bool want_gradient>
 void run_block(const Inputs& in, const Bounds& bounds, int64_t tokens, float* gradient, Totals& totals) {
     const F32x16 zero = F32x16::set(0.0f);
-    BlockSums sums = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, 0, 0};
+    BlockSums sums = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, 0, 0};
     int64_t t = 0;
     for (; t + kLanes <= tokens; t += kLanes) {
         add_tokens<clip, pair, want_gradient>(in.from(t, pair), bounds, gradient + t, sums);

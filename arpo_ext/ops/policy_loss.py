@@ -1,57 +1,83 @@
 """The clipped policy loss over tokens: loss, gradient and every metric from one read of the inputs.
 
-With x = logprob - old_logprob, r = exp(clamp(x, -20, 20)), low = 1 - clip_low, high = 1 + clip_high and, per token,
+With x = logprob - old_logprob and, per token,
 
-    advantage [N]     Ap = weight * max(advantage, 0),  An = weight * min(advantage, 0)
-    advantage [N, 2]  Ap, An = advantage: sums over the rows that share the token, weights already in them
+    advantage [N]     P = weight * max(advantage, 0),  M = weight * min(advantage, 0)
+    advantage [N, 2]  P, M = advantage: sums over the rows that share the token, weights already in them
 
-the loss is
+(both times `importance` where given), the ratio is, by `ratio`,
 
-    ppo   -sum(Ap * min(r, high) + An * max(r, low)) / normalizer                    (PPO, arXiv 1707.06347)
-    dual  -sum(Ap * min(r, high) + An * min(max(r, low), dual_clip)) / normalizer    (arXiv 1912.09729)
+    token     r = exp(clamp(x, -20, 20))
+    turn      r = exp(clamp(mean of x over the tokens of the same segment, -20, 20))      (AT2PO, arXiv 2601.04767)
+    sequence  the same over the tokens of the same row                                    (GSPO, arXiv 2507.18071)
 
-For [N] this is the usual max(-A * r, -A * clamp(r, low, high)). For [N, 2] it equals the sum of that over the rows,
-which a mean advantage does not where a clipped token has rows of both signs.
+and the loss, with low = 1 - clip_low, high = 1 + clip_high and sg() a value without gradient,
 
-Where x lies outside [-20, 20] the gradient is 0, as in verl. At r equal to a bound the gradient passes, as through
-`torch.clamp`. Nothing of a token of weight 0 counts: its other inputs may be NaN, its gradient is 0. A NaN elsewhere
-makes the loss NaN. `normalizer` is the sum of `weight` over all ranks and micro-batches of the step, so that the losses
-and gradients of any split into micro-batches add up to those of the whole.
+    loss = (kl_coef * sum(weight * kl) - sum(P * above + M * below) - entropy_coef * sum(weight * entropy)) / normalizer
+
+    clip    above                             below
+    ppo     min(r, high)                      max(r, low)                         (arXiv 1707.06347)
+    dual    min(r, high)                      min(max(r, low), dual_clip)         (arXiv 1912.09729)
+    gppo    r, or high / sg(r) * r if r > high  max(r, low), at most dual_clip    (AEPO, arXiv 2510.14545)
+    cispo   sg(clamp(r, low, high)) * logprob  the same                           (MiniMax-M1, arXiv 2506.13585)
+    sapo    4 / tau_positive * sigmoid(tau_positive * (r - 1)), and below with tau_negative   (arXiv 2511.20347)
+
+For [N] the first line is the usual max(-A * r, -A * clamp(r, low, high)). Every clip is linear in P and in M, so for
+[N, 2] the loss equals the sum over the rows, which a mean advantage does not where a clipped token has rows of both
+signs. gppo has the values of ppo; a good token above `high` keeps the gradient `high` instead of none.
+
+With d = logprob - ref_logprob and g = clamp(d, -20, 20), `kl` is an estimate of KL(policy || reference) from Schulman
+(http://joschu.net/blog/kl-approx.html), added with its own derivative in logprob, as autograd of the formula has it:
+
+    k1  d                  gradient 1: zero in expectation, so useful as a metric or inside a reward
+    k2  d^2 / 2            gradient d: unbiased for the gradient of the KL on fresh samples
+    k3  exp(-g) - 1 + g    gradient 1 - exp(-g): the usual one (verl's low_var_kl, without its bound of 10; TRL, GRPO)
+
+Where the mean under a ratio's exp, or x itself, lies outside [-20, 20] the gradient is 0 (not for cispo, whose ratio
+has none), as in verl. At r equal to a bound the gradient passes, as through `torch.clamp`. Nothing of a token of weight
+0 counts: its other inputs may be NaN, its gradient is 0. A NaN elsewhere makes the loss NaN. `normalizer` is the sum of
+`weight` over all ranks and micro-batches of the step, so that the losses and gradients of any split into micro-batches
+(of whole segments or rows, if ratios span them) add up to those of the whole.
+
+What is a factor of the advantage needs no argument. AEPO's entropy-aware advantage, with statistics of the whole step:
+`advantage * (1 + a * (entropy.detach() - entropy_mean) / entropy_std)`. `importance` is one too, kept for the [N, 2]
+form and for callers whose advantages are expanded from rows.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from arpo_ext.ops import _native
-from arpo_ext.ops import policy_loss_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose
-
-# Codes as in csrc/policy_loss.h.
-CLIPS = {"ppo": 0, "dual": 1}
-RATIOS = ("token",)
+from arpo_ext.ops._dispatch import choose
+from arpo_ext.ops._policy_loss import checked_call
+from arpo_ext.ops._policy_loss_op import BACKENDS
 
 
 class PolicyLossSums(NamedTuple):
     """Sums over the tokens of nonzero weight w, as 0-d float64 tensors without gradient.
 
-    To average one, divide by `weight`; sums (not the two maxima) of several calls and ranks add up.
+    To average one, divide by `weight`; sums (not the two maxima) of several calls and ranks add up. r is the ratio that
+    is clipped, x the token's own log ratio. Packed paths count per leaf: w is its leaf_weight, once for each token.
     """
 
     weight: Tensor  # sum of w
     tokens: Tensor  # number of tokens
     clipped: Tensor  # clipped_high + clipped_low
-    clipped_high: Tensor  # sum of w where Ap > 0 and r > high
-    clipped_low: Tensor  # sum of w where An < 0 and r < low
-    dual_clipped: Tensor  # sum of w where An < 0 and r > dual_clip
+    clipped_high: Tensor  # sum of w where P > 0 and r > high; of any sign for cispo; 0 for sapo
+    clipped_low: Tensor  # sum of w where M < 0 and r < low; of any sign for cispo; 0 for sapo
+    dual_clipped: Tensor  # sum of w where M < 0 and r > dual_clip
     ratio_sum: Tensor  # sum of w * r
     ratio_max: Tensor  # largest r; 0 without tokens
     kl_k1: Tensor  # sum of w * -x: estimates KL(old || new), nats
-    kl_k3: Tensor  # sum of w * (r - 1 - x): the same, never negative (http://joschu.net/blog/kl-approx.html)
+    kl_k3: Tensor  # sum of w * (exp(x) - 1 - x): the same, never negative (http://joschu.net/blog/kl-approx.html)
     log_ratio_max: Tensor  # largest |x|; 0 without tokens
+    kl_k2: Tensor  # sum of w * x^2 / 2: the same, biased, of little variance
+    ref_kl_k1: Tensor  # sum of w * k1 against the reference; this and the next two 0 without ref_logprob
+    ref_kl_k2: Tensor  # sum of w * k2
+    ref_kl_k3: Tensor  # sum of w * k3
+    entropy: Tensor  # sum of w * entropy; 0 without entropy
 
 
 def policy_loss(
@@ -66,215 +92,79 @@ def policy_loss(
     dual_clip: float | None = None,
     ratio: str = "token",
     clip: str = "ppo",
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+    ratio_gradient: str = "mean",
+    segment: Tensor | None = None,
+    row: Tensor | None = None,
+    groups: int | None = None,
+    parent: Tensor | None = None,
+    leaf_segment: Tensor | None = None,
+    leaf_weight: Tensor | None = None,
+    importance: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    kl: str | None = None,
+    kl_coef: float | Tensor = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float | Tensor = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, PolicyLossSums]:
     """Loss (0-d, dtype of logprob) and its sums, over N tokens.
 
-    logprob: [N] float32, nats, of the policy in training: the only input with a gradient. float64 is computed in
-        float64, by the reference.
-    old_logprob: [N], of the policy that sampled. advantage: [N] or [N, 2]. weight: [N], at least 0. All of logprob's
-        dtype.
-    normalizer: number above 0, or 0-d tensor (not read on the host).
-    clip_low in [0, 1], clip_high at least 0; dual_clip above 1, given exactly when clip is "dual".
+    logprob: [N] float32, nats, of the policy in training; differentiable. float64 is computed in float64, by the
+        reference.
+    old_logprob: [N], of the policy that sampled. advantage: [N] or [N, 2]. weight: [N], at least 0. All floating inputs
+        are of logprob's dtype and device.
+    normalizer, kl_coef, entropy_coef: a number, or a 0-d tensor, which is not read on the host. normalizer is above 0.
+    clip_low in [0, 1], clip_high at least 0; dual_clip above 1, required by "dual", optional for "gppo", else None;
+        tau_positive, tau_negative above 0, read by "sapo" only.
 
-    ValueError: a shape, dtype, device or number is wrong. BackendError: the backend named cannot serve.
+    segment (for ratio "turn"), row (for "sequence"): [N] int32 or int64, the token's segment or row, in [0, groups);
+        any order, fast where equal ones stand together. Means are over tokens of nonzero weight, each counting once.
+    groups: the number of segments or rows, or more; None: N. Memory is proportional to it.
+    ratio_gradient: "mean": the ratio's own gradient, which a mean spreads evenly over its tokens (GSPO, equation 5).
+        "token": sg(r) * exp(logprob - sg(logprob)), each token with its own advantage (GSPO-token, equation 13; verl's
+        "gspo", AT2PO's code). Same value, and the same gradient where weight * advantage is one number per group.
+    parent [S], leaf_segment [L]: integers, for ratio "sequence" over packed trees, where a token stands once for all
+        rows that share it. `segment` maps tokens to the S segments, parent[s] is in [-1, s), leaf_segment is where each
+        of the L rows ends; a row is the path from there to the root. Then advantage is [L], leaf_weight [L] the weight
+        of each token of that row (None: 1), and `weight` their sum over the rows that hold the token. Loss and gradient
+        equal those of the flat rows. There is no importance (multiply leaf_weight) and no [N, 2] form.
+        For "token" and "turn" a shared token has one ratio in all rows: use advantage [N, 2].
+    importance: [N], at least 0, multiplies the policy term without a gradient: truncated importance sampling
+        is `(old_logprob - sampler_logprob).exp().clamp(max=C)`.
+    ref_logprob: [N], of the reference policy; needed by `kl`, measured in the sums in any case.
+    entropy: [N], nats, of the policy in training; differentiable; needed by `entropy_coef`, else measured only.
+
+    ValueError: a shape, dtype, device or number is wrong; on the CPU also a segment, row or parent out of range, which
+    elsewhere makes the loss NaN. BackendError: the backend named cannot serve.
     """
-    _check_tensors(logprob, old_logprob, advantage, weight)
-    _check_numbers(normalizer, clip_low, clip_high, dual_clip, ratio, clip)
-    chosen = choose("policy_loss", _BACKENDS, backend, logprob)
-    bounds = float(clip_low), float(clip_high), None if dual_clip is None else float(dual_clip)
-    loss, sums = chosen.run(
-        logprob, old_logprob.detach(), advantage.detach(), weight.detach(), normalizer, CLIPS[clip], *bounds
+    call = checked_call(
+        logprob,
+        old_logprob,
+        advantage,
+        weight,
+        normalizer,
+        ratio=ratio,
+        ratio_gradient=ratio_gradient,
+        segment=segment,
+        row=row,
+        groups=groups,
+        parent=parent,
+        leaf_segment=leaf_segment,
+        leaf_weight=leaf_weight,
+        clip=clip,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        tau_positive=tau_positive,
+        tau_negative=tau_negative,
+        importance=importance,
+        ref_logprob=ref_logprob,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
     )
-    return loss, PolicyLossSums(*sums.detach().unbind())
-
-
-def _check_tensors(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor) -> None:
-    if logprob.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"policy_loss: got logprob of {logprob.dtype}; expected torch.float32 or torch.float64")
-    if logprob.ndim != 1:
-        raise ValueError(f"policy_loss: got logprob of shape {list(logprob.shape)}; expected [N]")
-    tokens = logprob.shape[0]
-    for name, tensor in (("old_logprob", old_logprob), ("advantage", advantage), ("weight", weight)):
-        fits = tensor.shape == (tokens,) or (name == "advantage" and tensor.shape == (tokens, 2))
-        if not fits:
-            expected = f"[{tokens}] or [{tokens}, 2]" if name == "advantage" else f"[{tokens}]"
-            raise ValueError(f"policy_loss: got {name} of shape {list(tensor.shape)}; expected {expected}")
-        if tensor.dtype != logprob.dtype:
-            raise ValueError(f"policy_loss: got {name} of {tensor.dtype}; expected {logprob.dtype}, as logprob")
-        if tensor.device != logprob.device:
-            raise ValueError(f"policy_loss: got {name} on {tensor.device}; expected {logprob.device}, as logprob")
-
-
-def _check_numbers(
-    normalizer: float | Tensor, clip_low: float, clip_high: float, dual_clip: float | None, ratio: str, clip: str
-) -> None:
-    if isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
-            raise ValueError(f"policy_loss: got normalizer of shape {list(normalizer.shape)}; expected a 0-d tensor")
-    elif not normalizer > 0:
-        raise ValueError(f"policy_loss: got normalizer {normalizer}; expected a number above 0")
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"policy_loss: got clip_low {clip_low}; expected 0 to 1")
-    if not clip_high >= 0:
-        raise ValueError(f"policy_loss: got clip_high {clip_high}; expected at least 0")
-    if ratio not in RATIOS:
-        raise ValueError(f"policy_loss: got ratio {ratio!r}; expected {', '.join(RATIOS)}")
-    if clip not in CLIPS:
-        raise ValueError(f"policy_loss: got clip {clip!r}; expected {', '.join(CLIPS)}")
-    if (clip == "dual") != (dual_clip is not None):
-        raise ValueError(f"policy_loss: got dual_clip {dual_clip} with clip {clip!r}; expected it with 'dual' only")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"policy_loss: got dual_clip {dual_clip}; expected a number above 1")
-
-
-def _refuse_cpu(isa: str, logprob: Tensor) -> str | None:
-    if logprob.device.type != "cpu":
-        return f"needs CPU tensors, got them on {logprob.device}"
-    if logprob.dtype != torch.float32:
-        return f"needs float32, got {logprob.dtype}"
-    return _native.cpu_missing(isa)
-
-
-def _run_reference(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    normalizer: float | Tensor,
-    clip: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> tuple[Tensor, Tensor]:
-    name = next(name for name, code in CLIPS.items() if code == clip)
-    bounds = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    return reference.policy_loss(logprob, old_logprob, advantage, weight, normalizer, clip=name, **bounds)
-
-
-def _run_cpu(isa: str):
-    def run(
-        logprob: Tensor,
-        old_logprob: Tensor,
-        advantage: Tensor,
-        weight: Tensor,
-        normalizer: float | Tensor,
-        *rule: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        number, tensor = 1.0, None
-        if isinstance(normalizer, Tensor):
-            tensor = normalizer.detach().to(logprob.device, torch.float64)
-        else:
-            number = float(normalizer)
-        want_gradient = torch.is_grad_enabled() and logprob.requires_grad
-        options = (want_gradient, _native.ISA_CODES[isa])
-        op = torch.ops.arpo_ext.policy_loss
-        loss, sums, _ = op(logprob, old_logprob, advantage, weight, tensor, number, *rule, *options)
-        return loss, sums
-
-    return run
-
-
-torch.library.define(
-    "arpo_ext::policy_loss",
-    "(Tensor logprob, Tensor old_logprob, Tensor advantage, Tensor weight, Tensor? normalizer, float normalizer_value,"
-    " int clip, float clip_low, float clip_high, float? dual_clip, bool want_gradient, int isa)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-_BACKENDS = {
-    name: Backend(lambda logprob, isa=isa: _refuse_cpu(isa, logprob), _run_cpu(isa))
-    for name, isa in CPU_BACKENDS.items()
-}
-_BACKENDS["reference"] = Backend(lambda logprob: None, _run_reference)
-
-
-@torch.library.register_fake("arpo_ext::policy_loss")
-def _policy_loss_fake(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    normalizer: Tensor | None,
-    normalizer_value: float,
-    clip: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    want_gradient: bool,
-    isa: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = logprob.new_empty(len(PolicyLossSums._fields), dtype=torch.float64)
-    gradient = logprob.new_empty(logprob.shape[0] if want_gradient else 0)
-    return logprob.new_empty(()), sums, gradient
-
-
-@torch.library.impl("arpo_ext::policy_loss", "cpu")
-def _policy_loss_cpu(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    normalizer: Tensor | None,
-    normalizer_value: float,
-    clip: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    want_gradient: bool,
-    isa: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, sums, and the gradient of the loss with respect to logprob (empty unless wanted)."""
-    logprob, old_logprob, advantage, weight = (t.contiguous() for t in (logprob, old_logprob, advantage, weight))
-    outputs = _policy_loss_fake(
-        logprob, old_logprob, advantage, weight, normalizer, 0.0, clip, 0.0, 0.0, None, want_gradient, isa
-    )
-    _native.C.policy_loss_cpu(
-        isa,
-        torch.get_num_threads(),
-        logprob.data_ptr(),
-        old_logprob.data_ptr(),
-        advantage.data_ptr(),
-        advantage.ndim == 2,
-        weight.data_ptr(),
-        logprob.numel(),
-        _native.pointer(normalizer),
-        normalizer_value,
-        clip,
-        clip_low,
-        clip_high,
-        0.0 if dual_clip is None else dual_clip,
-        outputs[0].data_ptr(),
-        outputs[1].data_ptr(),
-        _native.pointer(outputs[2] if want_gradient else None),
-    )
-    return outputs
-
-
-def _keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    # Not save_for_backward: its copies share memory uncounted, so autograd would take the buffer for a leaf's .grad
-    # and add to it in place. Detached, since an output that holds itself is never freed.
-    ctx.gradient = output[2].detach()
-    ctx.version = ctx.gradient._version
-
-
-def _backward(ctx, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("policy_loss cannot be differentiated twice; its reference backend can")
-    rest = (None,) * 11
-    if grad_loss is None:
-        return None, *rest
-    if ctx.gradient._version != ctx.version:
-        raise RuntimeError(
-            "the gradient that an earlier backward pass of this policy_loss returned was modified in place; "
-            "expected it unchanged, or a clone of it, while the graph is retained"
-        )
-    # A loss that is back-propagated itself has grad_loss 1: handing the gradient on saves reading and writing it again.
-    # Traced tensors are subclasses and take the product.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
-        return ctx.gradient, *rest
-    return ctx.gradient * grad_loss, *rest
-
-
-torch.library.register_autograd("arpo_ext::policy_loss", _backward, setup_context=_keep_gradient)
+    loss, sums = choose("policy_loss", BACKENDS, backend, call).run(call)
+    return loss, PolicyLossSums(*sums.unbind())

@@ -1,0 +1,194 @@
+"""The registered op under `policy_loss`: its backends, its gradient, and the short way there in eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from arpo_ext.ops import _native
+from arpo_ext.ops import policy_loss_reference as reference
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend
+from arpo_ext.ops._policy_loss import SCHEMA, TENSORS, PolicyLossCall
+
+# Codes as in csrc/policy_loss.h.
+_CLIPS = {"ppo": 0, "dual": 1}
+SUMS = 16
+
+# loss, sums [SUMS] float64, and the gradients of the loss in logprob and in entropy where wanted
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _results(call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: bool) -> Results:
+    new = call.logprob.new_empty
+    count = call.logprob.shape[0]
+    gradient = new(count) if want_gradient else None
+    entropy_gradient = new(count) if want_entropy_gradient else None
+    return new(()), new(SUMS, dtype=torch.float64), gradient, entropy_gradient
+
+
+def _launch_cpu(isa: str, call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: bool) -> Results:
+    results = _results(call, want_gradient, want_entropy_gradient)
+    kept = [tensor.contiguous() for tensor in call[:4]]
+    logprob, old_logprob, advantage, weight = (tensor.data_ptr() for tensor in kept)
+    _native.C.policy_loss_cpu(
+        _native.ISA_CODES[isa],
+        torch.get_num_threads(),
+        logprob,
+        old_logprob,
+        advantage,
+        call.advantage.ndim == 2,
+        weight,
+        call.logprob.shape[0],
+        0,
+        call.normalizer if call.normalizer_tensor is None else call.normalizer_tensor.item(),
+        _CLIPS[call.clip],
+        call.clip_low,
+        call.clip_high,
+        0.0 if call.dual_clip is None else call.dual_clip,
+        *map(_native.pointer, results[:3]),
+    )
+    return results
+
+
+# backend -> what computes it; the arguments are a call and which gradients are wanted
+LAUNCH: dict[str, Callable[[PolicyLossCall, bool, bool], Results]] = {
+    name: partial(_launch_cpu, isa) for name, isa in CPU_BACKENDS.items()
+}
+
+
+def _backward(ctx, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of logprob and entropy."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("policy_loss cannot be differentiated twice; its reference backend can")
+    if grad_loss is None:
+        return None, None
+    for gradient, version in ctx.gradients:
+        if gradient is not None and gradient._version != version:
+            raise RuntimeError(
+                "the gradient that an earlier backward pass of this policy_loss returned was modified in place; "
+                "expected it unchanged, or a clone of it, while the graph is retained"
+            )
+    # A loss that is back-propagated itself has grad_loss 1: handing the gradient on saves reading and writing it again.
+    # Traced tensors are subclasses and take the product.
+    once = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+    first, second = (g if g is None or once else g * grad_loss for g, _ in ctx.gradients)
+    return first, second
+
+
+def _keep_gradients(ctx, *gradients: Tensor | None) -> None:
+    # Not save_for_backward: its copies share memory uncounted, so autograd would take the buffer for a leaf's .grad
+    # and add to it in place.
+    ctx.set_materialize_grads(False)
+    ctx.gradients = [(g, None if g is None else g._version) for g in gradients]
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """What the registered op does, without the 40 us a call that its dispatch and its autograd wrapper cost."""
+
+    @staticmethod
+    def forward(ctx, logprob: Tensor, entropy: Tensor | None, call: PolicyLossCall, backend: str):
+        loss, sums, *gradients = LAUNCH[backend](call, *ctx.needs_input_grad[:2])
+        _keep_gradients(ctx, *gradients)
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
+        return *_backward(ctx, grad_loss), None, None
+
+
+def _plain(call: PolicyLossCall) -> bool:
+    """Whether nobody watches or replaces torch's operations: no tracing, no mode, no subclass, no transform."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN_TYPES for tensor in call[:TENSORS])
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _run_op(backend: str, call: PolicyLossCall) -> tuple[Tensor, Tensor]:
+    entropy = call.entropy
+    wanted = (False, False)
+    if torch.is_grad_enabled():
+        wanted = (call.logprob.requires_grad, entropy is not None and entropy.requires_grad)
+    if not _plain(call):
+        return torch.ops.arpo_ext.policy_loss(*call, *wanted, backend)[:2]
+    if any(wanted):
+        return _PolicyLoss.apply(call.logprob, entropy, call, backend)
+    return LAUNCH[backend](call, False, False)[:2]
+
+
+torch.library.define(
+    "arpo_ext::policy_loss",
+    f"({SCHEMA}, bool want_gradient, bool want_entropy_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _filled(call: PolicyLossCall, results: Results) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, sums, *gradients = results
+    first, second = (call.logprob.new_empty(0) if g is None else g for g in gradients)
+    return loss, sums, first, second
+
+
+@torch.library.register_fake("arpo_ext::policy_loss")
+def _policy_loss_fake(*arguments):
+    *fields, want_gradient, want_entropy_gradient, _ = arguments
+    call = PolicyLossCall(*fields)
+    return _filled(call, _results(call, want_gradient, want_entropy_gradient))
+
+
+@torch.library.impl("arpo_ext::policy_loss", "default")
+def _policy_loss_impl(*arguments):
+    *fields, want_gradient, want_entropy_gradient, backend = arguments
+    call = PolicyLossCall(*fields)
+    return _filled(call, LAUNCH[backend](call, want_gradient, want_entropy_gradient))
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    # Detached, since an output that holds itself is never freed.
+    _keep_gradients(ctx, *(g.detach() if wanted else None for g, wanted in zip(output[2:], inputs[-3:-1], strict=True)))
+
+
+def _op_backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
+    gradients: list[Tensor | None] = [None] * (len(PolicyLossCall._fields) + 3)
+    names = PolicyLossCall._fields
+    gradients[names.index("logprob")], gradients[names.index("entropy")] = _backward(ctx, grad_loss)
+    return tuple(gradients)
+
+
+torch.library.register_autograd("arpo_ext::policy_loss", _op_backward, setup_context=_setup_context)
+
+
+def _refuse_cpu(isa: str, call: PolicyLossCall) -> str | None:
+    if call.logprob.device.type != "cpu":
+        return f"needs CPU tensors, got them on {call.logprob.device}"
+    if call.logprob.dtype != torch.float32:
+        return f"needs float32, got {call.logprob.dtype}"
+    if call.clip not in _CLIPS or call.group is not None:
+        return f"has clips {' and '.join(_CLIPS)} of ratio 'token', got {call.clip!r} of {call.ratio!r}"
+    if any(tensor is not None for tensor in (call.entropy, call.ref_logprob, call.importance)):
+        return "has no entropy, ref_logprob or importance"
+    return _native.cpu_missing(isa)
+
+
+def _run_reference(call: PolicyLossCall) -> tuple[Tensor, Tensor]:
+    arguments = call._asdict()
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in ("logprob", "entropy"):
+            arguments[name] = value.detach()
+    for name in ("normalizer", "kl_coef", "entropy_coef"):
+        tensor = arguments.pop(f"{name}_tensor")
+        if tensor is not None:
+            arguments[name] = tensor.to(call.logprob.device)
+    loss, sums = reference.policy_loss(**arguments)
+    return loss, sums.detach()
+
+
+BACKENDS = {name: Backend(partial(_refuse_cpu, isa), partial(_run_op, name)) for name, isa in CPU_BACKENDS.items()}
+BACKENDS["reference"] = Backend(lambda call: None, _run_reference)
