@@ -11,12 +11,15 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from arpo_ext.errors import ConfigError
+
+# A tool's name is the tag the model writes.
+ToolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class _Section(BaseModel):
@@ -81,10 +84,37 @@ class BrowserToolConfig(_Section):
     timeout_s: PositiveFloat = 40.0
 
 
+class McpToolConfig(_Section):
+    """A tool of an MCP server; either the program to start or the address to reach."""
+
+    command: list[str] | None = Field(None, min_length=1, description="program and arguments; speaks MCP over stdio")
+    url: str | None = Field(None, description="address of a streamable HTTP server")
+    tool: str = Field(description="the tool's name on the server")
+    argument: str | None = Field(None, description="the parameter that gets the call's text; None: the only one")
+    workers: PositiveInt = 4
+    timeout_s: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _one_server(self) -> McpToolConfig:
+        if (self.command is None) == (self.url is None):
+            raise ValueError(f"got command {self.command} and url {self.url}; expected exactly one of them")
+        return self
+
+
+class CustomToolConfig(_Section):
+    """A class of your own that follows `arpo_ext.tools.Tool`."""
+
+    path: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:Class")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class, after its name")
+    workers: PositiveInt = 1
+
+
 class ToolsConfig(_Section):
     python: PythonToolConfig | None = None
     search: SearchToolConfig | None = None
     browser: BrowserToolConfig | None = None
+    mcp: dict[ToolName, McpToolConfig] = Field(default_factory=dict, description="tag -> tool of an MCP server")
+    custom: dict[ToolName, CustomToolConfig] = Field(default_factory=dict, description="tag -> class of your own")
     retries: int = Field(2, ge=0, description="further attempts after a fault that may pass, such as a broken network")
     retry_delay_s: float = Field(0.5, ge=0, description="before the first further attempt; doubles each time")
     cache: Path | None = Field(None, description="folder that keeps good answers between runs and processes")
@@ -94,9 +124,26 @@ class ToolsConfig(_Section):
     replay_wait: bool = Field(False, description="replayed calls take as long as the recorded ones did")
 
     @property
+    def sections(self) -> dict[str, _Section]:
+        """Tag -> settings of the configured tools: the built-in ones in the order of the fields, `mcp`, `custom`."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        built_in = {name: section for name, section in own.items() if isinstance(section, _Section)}
+        return {**built_in, **self.mcp, **self.custom}
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """The configured tools, in the order of the fields."""
-        return tuple(name for name in type(self).model_fields if isinstance(getattr(self, name), _Section))
+        return tuple(self.sections)
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> ToolsConfig:
+        reserved = {"python", "search", "browser"}
+        for section, names in (("mcp", reserved), ("custom", reserved | set(self.mcp))):
+            for name in getattr(self, section):
+                if name in names:
+                    raise ValueError(
+                        f"tools.{section} names a tool {name!r}, which exists already; expected another name"
+                    )
+        return self
 
 
 class EngineConfig(_Section):

@@ -38,6 +38,7 @@ EXTRAS = {
     "tools/browser.py": {"httpcore", "httpx", "trafilatura"},
     "tools/web_page.py": {"httpcore", "trafilatura"},
     "tools/cache.py": {"diskcache"},
+    "tools/mcp_client.py": {"mcp"},
     "tools/search_bm25.py": {"bm25s", "numpy", "pyarrow"},
     "tools/search_web.py": {"httpx"},
     "rewards/math_worker.py": {"math_verify"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Protocol
 
-from arpo_ext.config import ToolsConfig
+from arpo_ext.config import CustomToolConfig, ToolsConfig
+from arpo_ext.errors import ToolError
 from arpo_ext.tools.browser import BrowserTool
 from arpo_ext.tools.cache import AnswerCache
+from arpo_ext.tools.mcp_client import McpTool
 from arpo_ext.tools.pool import Retry, ToolPool
 from arpo_ext.tools.python_sandbox import PythonTool
 from arpo_ext.tools.records import CallRecords, ReplayTool, read_records
@@ -47,18 +50,51 @@ _TOOLS = {"python": PythonTool, "search": SearchTool, "browser": BrowserTool}
 
 
 def build_tools(config: ToolsConfig) -> list[Tool]:
-    """The configured tools, not started, in the order of the configuration's fields.
+    """The configured tools, not started, in the order of `config.names`.
 
     With `replay`, each is replaced by a tool of the same name that answers from those records alone.
     """
-    sections = {name: getattr(config, name) for name in config.names}
     if config.replay is None:
-        return [_TOOLS[name](section) for name, section in sections.items()]
+        return [_build(name, config) for name in config.names]
     answers = read_records(config.replay)
     return [
         ReplayTool(name, answers.get(name, {}), workers=section.workers, wait=config.replay_wait)
-        for name, section in sections.items()
+        for name, section in config.sections.items()
     ]
+
+
+def _build(name: str, config: ToolsConfig) -> Tool:
+    if name in config.mcp:
+        return McpTool(name, config.mcp[name])
+    if name in config.custom:
+        return _load(name, config.custom[name])
+    return _TOOLS[name](getattr(config, name))
+
+
+def _load(name: str, config: CustomToolConfig) -> Tool:
+    """`Class(name, **options)`, checked against the protocol. ToolError names what is wrong with it."""
+    module_name, _, class_name = config.path.partition(":")
+    where = f"tools.custom.{name}.path {config.path!r}"
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ToolError(f"{where} cannot be imported ({error}); expected package.module:Class") from error
+    except AttributeError:
+        raise ToolError(
+            f"{where} names no class {class_name!r} of {module_name}; expected package.module:Class"
+        ) from None
+    try:
+        tool = made(name, **config.options)
+    except TypeError as error:
+        raise ToolError(f"{where} cannot be made from its options ({error})") from error
+    missing = [
+        member for member in ("name", "timeout_s", "workers", "start", "run", "close") if not hasattr(tool, member)
+    ]
+    if missing:
+        raise ToolError(f"{where} lacks {', '.join(missing)}; expected what arpo_ext.tools.Tool lists")
+    if tool.name != name:
+        raise ToolError(f"{where} calls itself {tool.name!r}; expected {name!r}, its key")
+    return tool
 
 
 def open_pool(config: ToolsConfig) -> ToolPool:
