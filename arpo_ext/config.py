@@ -45,6 +45,9 @@ class PythonToolConfig(_Section):
     memory_mb: PositiveInt = 512
     output_chars: PositiveInt = 4000
     workers: PositiveInt = 2
+    packages: list[str] = Field(
+        default_factory=list, description="installed packages that code may import, such as numpy and sympy; preloaded"
+    )
     sandbox: Literal["required", "best_effort"] = Field(
         "required", description="best_effort: run although the kernel lacks a mechanism, and say which"
     )

@@ -570,3 +570,54 @@ def test_start_from_a_thread_that_ends():
         assert tool._server._process.pid == server
     finally:
         tool.close()
+
+
+@pytest.fixture(scope="module")
+def numeric_tool():
+    pytest.importorskip("sympy")
+    tool = started(timeout_s=10, memory_mb=128, packages=["numpy", "sympy"])
+    yield tool
+    tool.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("import numpy as np; float(np.linalg.norm(np.array([3.0, 4.0])))", "5.0"),
+        ("import sympy; x = sympy.symbols('x'); sympy.integrate(sympy.sin(x) ** 2, (x, 0, sympy.pi))", "pi/2"),
+        ("import numpy.random; numpy.random.default_rng(1).integers(10, size=2).shape", "(2,)"),
+        ("import numpy as np; float((np.ones((300, 300)) @ np.ones((300, 300))).sum())", "27000000.0"),
+    ],
+)
+def test_preloaded_packages_compute(numeric_tool, code, text):
+    result = run(numeric_tool, code)
+    assert (result.text, result.ok) == (text, True)
+
+
+def test_only_the_packages_asked_for_can_be_imported(numeric_tool, tool):
+    for name in ("torch", "yaml", "pytest"):
+        assert f"No module named '{name}'" in run(numeric_tool, f"import {name}").text
+    assert "No module named 'numpy'" in run(tool, "import numpy").text
+    listed = run(numeric_tool, "import os, numpy; sorted(os.listdir(os.path.dirname(os.path.dirname(numpy.__file__))))")
+    assert set(eval(listed.text)) <= {"numpy", "numpy.libs", "sympy", "mpmath", "isympy.py"}
+
+
+def test_preloaded_packages_change_no_limit(numeric_tool):
+    failed = run(numeric_tool, "import numpy as np; np.ones(256 << 20, dtype=np.uint8).sum()")
+    assert not failed.ok
+    assert "Memory" in failed.text
+    assert run(numeric_tool, "import numpy as np; int(np.ones(32 << 20, dtype=np.uint8).sum())").text == str(32 << 20)
+    assert run(numeric_tool, "open('/usr/lib/x', 'w')").text.endswith("'/usr/lib/x'")
+    written = run(numeric_tool, "import numpy, os; open(os.path.join(os.path.dirname(numpy.__file__), 'x'), 'w')")
+    assert "Read-only file system" in written.text or "Permission denied" in written.text
+    assert run(numeric_tool, "import os; dict(os.environ)").text == "{}"
+
+
+def test_calls_with_preloaded_packages_share_nothing(numeric_tool):
+    run(numeric_tool, "import numpy; numpy.pi = 3")
+    assert run(numeric_tool, "import numpy; numpy.pi > 3.1").text == "True"
+
+
+def test_a_package_that_is_not_installed_is_named():
+    with pytest.raises(ToolError, match="no-such-package"):
+        PythonTool(PythonToolConfig(packages=["no-such-package"])).start()

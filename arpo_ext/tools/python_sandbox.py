@@ -1,15 +1,18 @@
 """The Python tool: code of the model, run in a locked process of its own.
 
-Every call gets a fresh fork of a small server process that has preloaded parts of the standard library and nothing
-else (no site-packages, no torch). The value of a last bare expression is printed, hashes of strings do not vary.
+Every call gets a fresh fork of a small server process that has preloaded parts of the standard library, the `packages`
+of the configuration and nothing else (no other site-packages, no torch). The value of a last bare expression is
+printed, hashes of strings do not vary.
 
 Covered, and tested, where `sandbox` is "required":
 
 - time: the wall-clock limit ends the whole process tree, however it was started; CPU time is limited as well.
-- memory: RLIMIT_AS per process, 16 processes or threads, 16 MiB files, 32 descriptors, a 32 MiB private folder.
+- memory: RLIMIT_AS per process (beside what preloaded packages map), 16 processes or threads, 16 MiB files, 32
+  descriptors, a 32 MiB private folder.
 - output: the first and the last `output_chars` are kept, the rest is read and dropped.
-- files: the root holds the interpreter's libraries and five devices, read-only, and a private, initially empty /tmp
-  that vanishes with the call; nothing else of the machine can be named. No program, not even a shell, is in it.
+- files: the root holds the interpreter's libraries, the packages and five devices, read-only, and a private /tmp that
+  vanishes with the call, initially empty but for packages that are installed below it; nothing else of the machine can
+  be named. No program, not even a shell, is in it.
 - network: an empty network namespace, whose loopback is down.
 - processes and identity: a pid and an ipc namespace per call, an unused user id without capabilities and without a way
   to new ones, no environment, no inherited descriptor but the three standard ones. Nothing outlives the call, the
@@ -35,10 +38,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from arpo_ext.config import PythonToolConfig
 from arpo_ext.errors import ToolError
+from arpo_ext.tools.sandbox.packages import Packages, find_packages
 from arpo_ext.types import ToolResult
 
 _log = logging.getLogger(__name__)
@@ -46,6 +52,9 @@ _log = logging.getLogger(__name__)
 NO_OUTPUT = "(no output)"
 
 _LAUNCH = "import sys; sys.path.insert(0, sys.argv[1]); from sandbox.server import main; main(*sys.argv[1:])"
+# Numeric libraries start threads when they are imported; a process with threads can neither be forked nor enter
+# namespaces.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _START_TIMEOUT_S = 60.0
 # Forking, clearing up and the way to and from the server, on a machine that is busy with sampling.
 _OVERHEAD_S = 8.0
@@ -69,6 +78,7 @@ class PythonTool:
         # Mechanism -> why it does not work here; filled in by `start`.
         self.missing: dict[str, str] = {}
         self._config = config
+        self._packages = Packages()
         self._server: _Server | None = None
         self._started = False
         self._lock = threading.Lock()
@@ -81,6 +91,10 @@ class PythonTool:
         """Start the server and run a first call. ToolError names the mechanism that the kernel lacks."""
         if not sys.platform.startswith("linux"):
             raise ToolError(f"the python tool's sandbox needs Linux; this is {sys.platform}")
+        try:
+            self._packages = find_packages(self._config.packages)
+        except PackageNotFoundError as error:
+            raise ToolError(f"tools.python.packages names {error.name!r}, which is not installed") from None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._started = True
@@ -141,7 +155,7 @@ class PythonTool:
                 self._server.close()
                 self._server = None
             if self._server is None:
-                self._server = _Server()
+                self._server = _Server(self._packages)
             return self._server
 
     def _check_mechanisms(self) -> None:
@@ -178,18 +192,18 @@ class _ServerLost(Exception):
 class _Server:
     """The process that forks the calls, and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, packages: Packages) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         tools = str(Path(__file__).resolve().parent)
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _LAUNCH]
-        command += [tools, str(theirs.fileno()), str(os.getpid())]
+        command += [tools, str(theirs.fileno()), str(os.getpid()), json.dumps(asdict(packages))]
         with theirs:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={"PYTHONHASHSEED": "0"},
+                env=_ENVIRONMENT,
                 cwd="/",
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

@@ -26,6 +26,8 @@ _FOLDER_FILES = 4096
 
 _OLD_ROOT = "old"
 _JAIL = "/jail"
+# Out of reach of the code: what is to be shown below the private folder, which covers that place anew in every call.
+_STORE = "/store"
 
 DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
 
@@ -33,14 +35,16 @@ DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
 class Jail:
     """The mechanisms that work here. `missing` maps each one that does not to the reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, readable: list[str]) -> None:
         self.missing: dict[str, str] = {}
+        self.preloaded_bytes = 0
         self._proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._readable = _readable_paths()
+        self._readable = _readable_paths() + readable
         self._uids = _unused_uids()
         self._owner = (os.getuid(), os.getgid())
         self._landlock = 0
         self._nested_users = False
+        self._stored: list[str] = []
 
     def prepare(self) -> None:
         """Put this process, the server, into the namespaces that all calls share."""
@@ -94,13 +98,11 @@ class Jail:
         sources = [(path, os.path.realpath(path)) for path in self._readable + DEVICES if os.path.exists(path)]
         kernel.enter_empty_root("/tmp", _OLD_ROOT)
         for path, source in sources:
-            source = f"/{_OLD_ROOT}{source}"
-            if os.path.isdir(source):
-                os.makedirs(_JAIL + path, exist_ok=True)
-            else:
-                os.makedirs(os.path.dirname(_JAIL + path), exist_ok=True)
-                os.close(os.open(_JAIL + path, os.O_CREAT | os.O_WRONLY, 0o644))
-            kernel.bind_read_only(source, _JAIL + path, devices=path in DEVICES)
+            below_private_folder = path.startswith("/tmp/")
+            if below_private_folder:
+                self._stored.append(path)
+            root = _STORE if below_private_folder else _JAIL
+            _bind(f"/{_OLD_ROOT}{source}", root + path, devices=path in DEVICES)
         os.makedirs(f"{_JAIL}/tmp", exist_ok=True)
         kernel.leave_old_root(_OLD_ROOT)
         kernel.make_read_only("/")
@@ -120,6 +122,8 @@ class Jail:
             # In this call's own mount namespace: the folder and what is in it vanish with the last process.
             limits = f"size={_FOLDER_BYTES},nr_inodes={_FOLDER_FILES}"
             kernel.mount_tmpfs(f"{_JAIL}/tmp", f"{limits},mode=700,uid={owner},gid={owner}")
+            for path in self._stored:
+                _bind(_STORE + path, _JAIL + path)
             return "/tmp"
         folder = tempfile.mkdtemp(prefix="arpo-python-")
         os.chown(folder, owner, -1)
@@ -141,7 +145,7 @@ class Jail:
             os.chroot(_JAIL)
         os.chdir(folder)
         for name, value in (
-            (resource.RLIMIT_AS, memory_mb << 20),
+            (resource.RLIMIT_AS, (memory_mb << 20) + self.preloaded_bytes),
             (resource.RLIMIT_CPU, cpu_s),
             (resource.RLIMIT_NPROC, _PROCESSES if self._has_identity else 0),
             (resource.RLIMIT_NOFILE, _OPEN_FILES),
@@ -158,6 +162,15 @@ class Jail:
         if self._landlock:
             readable = ["/"] if self.has_root else self._readable
             kernel.landlock(self._landlock, readable, DEVICES, [folder])
+
+
+def _bind(source: str, target: str, *, devices: bool = False) -> None:
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    kernel.bind_read_only(source, target, devices=devices)
 
 
 def _readable_paths() -> list[str]:

@@ -25,14 +25,21 @@ from .jail import Jail
 _CHUNK = 1 << 16
 
 
-def main(package_parent: str, control_fd: str, parent_pid: str) -> None:
-    """Serve until the control socket closes or the parent dies."""
+def main(package_parent: str, control_fd: str, parent_pid: str, packages: str) -> None:
+    """Serve until the control socket closes or the parent dies. `packages`: JSON of a `packages.Packages`."""
     sys.path.remove(package_parent)
     control = socket.socket(fileno=int(control_fd))
     parent = os.pidfd_open(int(parent_pid))
     for name in snippet.PRELOADED:
         importlib.import_module(name)
-    jail = Jail()
+    wanted = json.loads(packages)
+    jail = Jail(wanted["paths"])
+    before = _address_space()
+    sys.path += wanted["roots"]
+    for name in wanted["modules"]:
+        importlib.import_module(name)
+    # A call may use its memory beside what the packages map, which is more than they hold.
+    jail.preloaded_bytes = _address_space() - before
     jail.prepare()
     control.send(json.dumps(jail.missing).encode())
     os.environ.clear()
@@ -49,6 +56,11 @@ def main(package_parent: str, control_fd: str, parent_pid: str) -> None:
         if not calls:
             return
         _fork_supervisor(calls[0], jail)
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fork_supervisor(call_fd: int, jail: Jail) -> None:
