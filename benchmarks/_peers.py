@@ -105,7 +105,8 @@ def trl_policy_loss(clip_low: float, clip_high: float, dual_clip: float | None) 
 @cache
 def _verl_functional() -> Mapping[str, Any]:
     names = ["logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking"]
-    return functions(folder("verl") / "utils" / "torch_functional.py", [*names, "masked_sum", "masked_mean"])
+    names += ["calculate_sum_pi_squared_from_logits", "masked_sum", "masked_mean"]
+    return functions(folder("verl") / "utils" / "torch_functional.py", names)
 
 
 def verl_eager() -> LogprobEntropy:
@@ -119,6 +120,11 @@ def verl_chunked() -> LogprobEntropy:
     of = _verl_functional()
     entropy = of["entropy_from_logits_with_chunking"]
     return lambda logits, labels: (of["logprobs_from_logits"](logits, labels), entropy(logits))
+
+
+def verl_sum_of_squares() -> Callable[[Tensor], Tensor]:
+    """`calculate_sum_pi_squared_from_logits`."""
+    return _verl_functional()["calculate_sum_pi_squared_from_logits"]
 
 
 @cache

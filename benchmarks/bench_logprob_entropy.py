@@ -8,6 +8,7 @@ is part of their time, as it is in a trainer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,13 +75,35 @@ def _forward_providers(logits: Tensor, labels: Tensor, dtype: str, options: Opti
     return providers
 
 
+def _gradient(results: Sequence[Tensor], of: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
+    """Of the sum of all results; the gradients given are memory of their own, which some peers insist on."""
+    return torch.autograd.grad(results, of, [torch.ones_like(r) for r in results], retain_graph=keep)
+
+
+def _backward_providers(logits: Tensor, labels: Tensor, dtype: str, options: Options) -> list[Provider]:
+    """The backward pass alone, over and over."""
+    leaf = logits.detach().requires_grad_()
+
+    def alone(function: Callable[..., Any]) -> Callable[[], Any]:
+        results = function(leaf, labels)
+        return lambda: _gradient(results, leaf, keep=True)
+
+    def peer(make: Callable[[], Callable[..., Any]]) -> Callable[[], Callable[[], Any]]:
+        return lambda: alone(make())
+
+    tolerance = _PLAIN_GRADIENT_TOLERANCE[dtype]
+    return [
+        Provider("arpo-ext", lambda: alone(ops.logprob_entropy)),
+        Provider("arpo-ext triton", lambda: alone(partial(ops.logprob_entropy, backend="triton"))),
+        *(Provider(name, peer(make), tolerance) for name, make in peers_on(options.device).items()),
+    ]
+
+
 def _gradient_providers(logits: Tensor, labels: Tensor, dtype: str, options: Options) -> list[Provider]:
     leaf = logits.detach().requires_grad_()
-    upstream = [torch.ones(len(logits), device=logits.device) for _ in range(2)]
 
-    def gradient(function: Callable[..., Any], of: Tensor = leaf) -> tuple[Tensor]:
-        results = function(of, labels)
-        return torch.autograd.grad(results, of, [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)])
+    def gradient(function: Callable[..., Any], of: Tensor = leaf) -> tuple[Tensor, ...]:
+        return _gradient(function(of, labels), of)
 
     def ours(backend: str) -> Callable[[], Callable[[], Any]]:
         return lambda: lambda: gradient(lambda x, y: ops.logprob_entropy(x, y, backend=backend))
@@ -128,14 +151,20 @@ def _cases_of(logits: Tensor, labels: Tensor, dtype: str, options: Options) -> I
     )
     few = logits[:_CHECKED_ROWS].double().requires_grad_()
     gradient = torch.autograd.grad(sum(part.sum() for part in plain(few, labels[:_CHECKED_ROWS])), few)
-    yield Case(
-        {**columns, "pass": "forward+backward"},
-        3 * logit_bytes,
-        _gradient_providers(logits, labels, dtype, options),
-        lambda result: difference([result[0][:_CHECKED_ROWS]], gradient),
-        _GRADIENT_TOLERANCE[dtype],
-        limit="copy",
-    )
+
+    def gradient_case(which: str, passes: int, providers: list[Provider]) -> Case:
+        return Case(
+            {**columns, "pass": which},
+            passes * logit_bytes,
+            providers,
+            lambda result: difference([result[0][:_CHECKED_ROWS]], gradient),
+            _GRADIENT_TOLERANCE[dtype],
+            limit="copy",
+        )
+
+    yield gradient_case("forward+backward", 3, _gradient_providers(logits, labels, dtype, options))
+    if options.device.startswith("cuda"):
+        yield gradient_case("backward", 2, _backward_providers(logits, labels, dtype, options))
 
 
 def cases(options: Options) -> Iterator[Case]:

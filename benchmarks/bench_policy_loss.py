@@ -1,6 +1,9 @@
-"""The policy loss, forward and backward, against the eager form that trainers run and its compiled twin.
+"""The policy loss, forward and backward with its metrics, against verl's, TRL's and eager and compiled torch.
 
-Counted bytes: logprob, old_logprob, advantage and weight read once, the gradient written once: 20 bytes a token.
+Counted bytes: logprob, old_logprob, advantage and weight read once, the gradient written once: 20 bytes a token. Each
+provider's metrics end where its trainer wants them: verl's and TRL's as Python numbers, one read of the device each;
+ours as tensors that nobody waited for. TRL's loss gets no dual clip (its `delta` bounds both signs of the advantage; no
+ratio here reaches it) and reports the entropy, clip fractions and their extremes over rows.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from arpo_ext import ops
 
-from . import _harness
+from . import _harness, _peers
 from ._harness import Case, Options, Provider
 
 _LOW, _HIGH, _DUAL = 0.2, 0.28, 3.0
@@ -60,6 +63,20 @@ def _providers(tokens: Sequence[Tensor], smoke: bool) -> list[Provider]:
         call()
         return call
 
+    def of_peer(loss: Callable[..., Any], *more: Tensor) -> Callable[[], Any]:
+        def call() -> tuple[Tensor, Tensor]:
+            result = loss(leaf, old_logprob, advantage, mask, *more)
+            value = result[0] if isinstance(result, tuple) else result
+            return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+        return call
+
+    def verl() -> Callable[[], Any]:
+        return of_peer(_peers.verl_policy_loss(_LOW, _HIGH, _DUAL))
+
+    def trl() -> Callable[[], Any]:
+        return of_peer(_peers.trl_policy_loss(_LOW, _HIGH, None), torch.rand_like(old_logprob))
+
     flat = [tensor.flatten() for tensor in tokens]
     flat_leaf = flat[0].clone().requires_grad_()
     normalizer = mask.sum()
@@ -77,7 +94,9 @@ def _providers(tokens: Sequence[Tensor], smoke: bool) -> list[Provider]:
         providers += [Provider(f"arpo-ext {name}", ours(name)) for name in ("cpu-avx2", "cpu-portable")]
     providers.append(Provider("arpo-ext reference", ours("reference")))
     providers.append(Provider("torch eager", lambda: of_trainers(eager)))
-    return providers if smoke else [*providers, Provider("torch.compile", lambda: of_trainers(torch.compile(eager)))]
+    if not smoke:
+        providers.append(Provider("torch.compile", lambda: of_trainers(torch.compile(eager))))
+    return [*providers, Provider("verl", verl), Provider("TRL", trl)]
 
 
 def _error(tokens: Sequence[Tensor]) -> Callable[[Any], float]:
@@ -107,6 +126,7 @@ def cases(options: Options) -> Iterator[Case]:
             _providers(tokens, options.smoke),
             _error(tokens),
             1e-4,
+            limit="copy",
         )
 
 

@@ -8,8 +8,9 @@ import types
 import pytest
 import torch
 
-from benchmarks import _harness, _installed, _measure
+from benchmarks import BENCHES, _harness, _installed, _measure, tables
 from benchmarks._harness import Case, Provider, Unavailable
+from benchmarks.bars import CPU_BARS, GPU_BARS, Bar
 
 MIB = 1 << 20
 
@@ -174,6 +175,58 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_run(bench, capsys, 
     with pytest.raises(SystemExit):
         bench([RIGHT], "--plot", "rows.svg", capture=capsys)
     assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def row(provider, **fields):
+    return {"op": "fake", "N": 3, "dtype": "float32", "provider": provider, **fields}
+
+
+ROWS = [
+    row("arpo-ext", p50_ms=2.0, gbs=12.3, limit="read", share_of_limit=0.5, peak_mb=None, times_ours=1.0),
+    row("arpo-ext cpu-avx2", p50_ms=3.0, times_ours=1.5),
+    row("arpo-ext triton", p50_ms=1.0, times_ours=0.5),
+    row("peer", p50_ms=300.0, times_ours=150.4),
+    row("absent", reason="peer is not installed"),
+]
+
+
+def test_a_table_shows_ours_beside_every_other_way():
+    assert tables.op_table("fake", ROWS).splitlines() == [
+        "| `fake` | ours, ms | rate | of limit | peak MiB | arpo-ext triton | peer | absent |",
+        "|---|---|---|---|---|---|---|---|",
+        "| N=3 dtype=float32 | 2 | 12.3 GB/s | 50% of read | ? | 0.5x | 150x | not run |",
+    ]
+
+
+def test_a_bar_takes_the_worst_case_and_says_when_it_is_missed_or_not_measured():
+    rows = [*ROWS, {**row("peer", times_ours=9.0), "N": 4}]
+    three, four, five = ({"op": "fake", "N": n} for n in (3, 4, 5))
+
+    def least(*cases):
+        return Bar("claim", cases, "times_ours", "peer", 10, unit="x")
+
+    for bar, value, holds in ((least(three), 150.4, True), (least(three, four), 9.0, False)):
+        assert bar.measured(rows) == value
+        assert bar.holds(value) is holds
+    assert least(three, five).measured(rows) is None
+    most = Bar("claim", (three,), "p50_ms", most=1.5, unit="ms")
+    assert (most.wanted(), most.shown(most.measured(rows)), most.holds(2.0)) == ("at most 1.5 ms", "2 ms", False)
+
+
+def test_tables_between_marks_are_rewritten_and_unknown_ones_refused(monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "fake", lambda: "new")
+    text = "before\n<!-- table fake -->\nold\n<!-- end -->\nafter\n<!-- table fake -->\n<!-- end -->\n"
+    table = "<!-- table fake -->\nnew\n<!-- end -->\n"
+    assert tables.rendered(text) == f"before\n{table}after\n{table}"
+    assert tables.rendered(tables.rendered(text)) == tables.rendered(text)
+    with pytest.raises(ValueError, match="no table 'other'; expected one of ops_cpu"):
+        tables.rendered("<!-- table other -->\n<!-- end -->")
+
+
+def test_a_bar_names_rows_that_the_benchmarks_make():
+    """A renamed column or provider would leave a bar unmeasured for ever."""
+    ops = {case["op"] for bar in (*CPU_BARS, *GPU_BARS) for case in bar.cases}
+    assert ops <= {*BENCHES, "linear_logprob_entropy"}
 
 
 @pytest.mark.gpu

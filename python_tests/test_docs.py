@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/**/README.md")) if p.is_file()
@@ -86,52 +88,8 @@ def test_three_seeds_are_recorded_and_each_gains_fifteen_points():
         assert run["logprob_gap_max"] < 1e-3
 
 
-def ops_table() -> str:
-    """The table of benchmarks/README.md: our median beside the best and the usual way without this package."""
-    run = json.loads((ROOT / "benchmarks/results/ops_cpu.json").read_text())
-    cases: dict[str, dict[str, dict]] = {}
-    for row in run["rows"]:
-        last = list(row).index("provider")
-        columns = " ".join(f"{name}={row[name]}" for name in list(row)[1:last])
-        cases.setdefault(f"`{row['op']}` {columns}", {})[row["provider"]] = row
-    machine = run["machine"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}:",
-        "",
-        "| case | ours, ms | GB/s | of read | torch.compile or vectorised, x ours | eager or Python loop, x ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case, rows in cases.items():
-        ours = rows["arpo-ext"]
-        better, usual = (
-            next((rows[name]["times_ours"] for name in names if name in rows), None)
-            for names in (("torch.compile", "torch vectorised"), ("torch eager", "Python loop"))
-        )
-        cells = ["" if ratio is None else f"{ratio:.1f}" for ratio in (better, usual)]
-        measured = f"{ours['p50_ms']:.3g} | {ours['gbs']:.1f} | {ours['share_of_limit']:.0%}"
-        lines.append(f"| {case} | {measured} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def test_the_benchmark_table_is_the_recorded_run():
-    assert ops_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-
-
-def headline_table() -> str:
-    """The README's table: the forward of logprob_entropy at a decoder's vocabulary."""
-    rows = json.loads((ROOT / "benchmarks/results/ops_cpu.json").read_text())["rows"]
-    lines = [
-        "| logits | `logprob_entropy` | of read bandwidth | torch.compile | torch eager |",
-        "|---|---|---|---|---|",
-    ]
-    for dtype in ("float32", "bfloat16"):
-        wanted = {"op": "logprob_entropy", "N": 256, "dtype": dtype, "pass": "forward"}
-        case = {row["provider"]: row for row in rows if wanted.items() <= row.items()}
-        ours = case["arpo-ext"]
-        peers = (f"{case[n]['p50_ms']:.0f} ms ({case[n]['times_ours']:.0f}x)" for n in ("torch.compile", "torch eager"))
-        lines.append(f"| {dtype} | {ours['p50_ms']:.1f} ms | {ours['share_of_limit']:.0%} | {' | '.join(peers)} |")
-    return "\n".join(lines)
-
-
-def test_the_readme_shows_the_recorded_benchmark():
-    assert headline_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_are_those_of_the_recorded_runs(path):
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- table " in text
+    assert tables.rendered(text) == text, "stale: python -m benchmarks.tables"
