@@ -164,15 +164,18 @@ class RolloutConfig(_Section):
     """M, N, Z, k, alpha, beta and tau of the paper (section 3) under their plain names."""
 
     paths: PositiveInt = Field(16, description="M: leaves of every tree")
-    initial_paths: PositiveInt = Field(8, description="N: paths started from the prompt")
+    initial_paths: PositiveInt = Field(8, description="N: paths started from the prompt; `aepo` finds its own number")
     branch_width: PositiveInt = Field(1, description="Z: siblings a positive decision asks for")
     probe_tokens: PositiveInt = Field(20, description="k: tokens measured after each tool result")
-    policy: Literal["paper", "random", "chain"] = "paper"
+    policy: Literal["paper", "aepo", "at2po", "random", "chain"] = "paper"
     base: float = Field(0.5, description="alpha; for `random` the branch probability")
-    weight: float = Field(0.2, description="beta")
+    weight: float = Field(0.2, description="beta; for `at2po` the alpha that siblings of a turn cost it")
     threshold: float = Field(0.5, description="tau")
     normalizer: Literal["mean_over_log_vocab", "sum_over_vocab"] = "mean_over_log_vocab"
     baseline: Literal["root", "post_tool"] = "root"
+    penalty: float = Field(0.05, ge=0, description="`aepo`: what each consecutive branch of a path takes off its score")
+    split_slope: float = Field(0.5, description="`aepo`: beta of the split between initial paths and branches")
+    rounds: PositiveInt = Field(2, description="`at2po`: L, rounds of expansion that share the M - N branches evenly")
     temperature: PositiveFloat = 1.0
     max_tool_calls: int = Field(4, ge=0, description="per path")
     max_response_tokens: PositiveInt = Field(1024, description="per path, tool results included")

@@ -1,5 +1,6 @@
 """The collector with a scripted sampler: exact leaves, forks, budgets, order, overlap. No engine."""
 
+import math
 import random
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -100,7 +101,7 @@ def _collect(renderer, script, config, *, pool=None, prompts=PROMPTS, max_model_
 
 
 def _check(trees, config):
-    initial = config.paths if config.policy == "chain" else config.initial_paths
+    initial = {"chain": config.paths, "aepo": 1}.get(config.policy, config.initial_paths)
     for tree in trees:
         check_tree(
             tree,
@@ -144,7 +145,8 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
         initial_paths=data.draw(st.integers(1, paths), "N"),
         branch_width=data.draw(st.integers(1, 3), "Z"),
         probe_tokens=data.draw(st.sampled_from([1, 2, 5, 30]), "k"),
-        policy=data.draw(st.sampled_from(["paper", "random", "chain"])),
+        policy=data.draw(st.sampled_from(["paper", "aepo", "at2po", "random", "chain"])),
+        rounds=data.draw(st.integers(1, 3)),
         baseline=data.draw(st.sampled_from(["root", "post_tool"])),
         normalizer=data.draw(st.sampled_from(["mean_over_log_vocab", "sum_over_vocab"])),
         max_tool_calls=data.draw(st.integers(0, 4)),
@@ -168,10 +170,14 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
     assert m["rollout/tool_calls"] == len(pool.calls)
     answered = sum(tree.counts["tool_calls"] for tree in collected.trees)
     assert m["rollout/tool_calls"] + m["rollout/tool_calls_refused"] == answered
-    roots = sum(s.parent == 0 for t in collected.trees for s in t.segments)
-    initial = paths if config.policy == "chain" else config.initial_paths
+    beginnings = [s for t in collected.trees for s in t.segments if s.parent == 0]
+    roots = len(beginnings) - sum(s.branch.children for s in beginnings if s.branch)
     assert roots + m["rollout/forks"] == paths * len(PROMPTS)
-    assert m["rollout/fresh_paths"] == roots - initial * len(PROMPTS)
+    if config.policy == "aepo":
+        assert m["rollout/fresh_paths"] <= roots - len(PROMPTS)
+    else:
+        initial = paths if config.policy == "chain" else config.initial_paths
+        assert m["rollout/fresh_paths"] == roots - initial * len(PROMPTS)
 
 
 def test_forks_hang_from_the_tool_result_and_share_its_call(renderer):
@@ -249,6 +255,106 @@ def test_chain_starts_all_paths_at_once_and_records_no_decisions(renderer):
     assert [len(r.tokens) for r, _ in sampler.seen[:6]] == [1] * 6
     assert not any(s.branch for s in collected.trees[0].segments)
     assert collected.metrics["rollout/fresh_paths"] == 0
+
+
+def _three_calls(first, later):
+    """Search three times and answer; entropies of the turn before a call and of those behind a result."""
+
+    def script(request):
+        turn = _turns(request)
+        text = "<search>mass</search>" if turn < 3 else "<answer>7</answer><eos>"
+        return text, [later if turn else first]
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "initial"),
+    # 8 sigmoid(2 (first - later)), rounded: worked by hand.
+    [(0.5, 0.5, 4), (0.5, 1.0, 2), (0.9, 0.1, 7), (0.1, 4.6, 1)],
+)
+def test_aepo_splits_by_the_path_it_monitors_and_keeps_that_path(renderer, first, later, initial):
+    config = _config(policy="aepo", paths=8, initial_paths=8, split_slope=2 * math.log(113), base=0.0, threshold=0.9)
+    collected, sampler = _collect(renderer, _three_calls(first, later), config, prompts=PROMPTS[:1])
+    _check(collected.trees, config)
+    (tree,) = collected.trees
+    assert sum(s.parent == 0 for s in tree.segments) == 8
+    assert collected.metrics["rollout/forks"] == 0
+    assert collected.metrics["rollout/fresh_paths"] == 8 - initial
+    # The monitored path is the first of the eight, sampled once and alone.
+    assert [request.tokens for request, _ in sampler.seen].count(tree.segments[0].tokens) == 8
+    monitored = [len(request.tokens) for request, _ in sampler.seen[:4]]
+    assert monitored == sorted(set(monitored))
+
+
+def test_aepo_without_a_tool_call_starts_every_path_at_the_prompt(renderer):
+    config = _config(policy="aepo", paths=5)
+    collected, _ = _collect(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
+    assert collected.metrics["rollout/fresh_paths"] == 0
+    assert len(collected.trees[0].leaves) == 5
+
+
+def test_aepo_makes_each_further_branch_of_a_path_harder(renderer):
+    # dH = 0.4 after every result: 0.5 + 1 * 0.4 = 0.9, times 1 - 0.3 l for the l-th branch in a row: 0.9, 0.63, 0.36.
+    script = _three_calls(0.1 * math.log(113), 0.5 * math.log(113))
+    config = _config(policy="aepo", paths=16, initial_paths=16, base=0.5, weight=1.0, threshold=0.6, penalty=0.3,
+                     split_slope=0.0, max_tool_calls=9)  # fmt: skip
+    collected, _ = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    (tree,) = collected.trees
+    _check([tree], config)
+    scores = {}
+    for index, segment in enumerate(tree.segments):
+        if segment.branch:
+            turn = sum(tree.segments[i].tool is not None for i in tree.path(index))
+            scores.setdefault(turn, set()).add((round(segment.branch.score, 4), segment.branch.children > 0))
+    assert scores[1] == {(0.9, True)}
+    assert (0.63, True) in scores[2]
+    assert all(score == 0.36 and not granted for score, granted in scores[3] if score < 0.5)
+
+
+def test_at2po_samples_the_least_certain_turns_again(renderer):
+    class Uncertain(ScriptedSampler):
+        """Mean -log p of a turn: 0.1 at the prompt, 0.9 behind the first result, 0.5 behind the second."""
+
+        def step(self):
+            events = super().step()
+            surprise = {e.id: (0.1, 0.9, 0.5, 0.2)[min(self.turns[e.id], 3)] for e in events}
+            return [
+                replace(e, logprobs=(-surprise[e.id],) * len(e.tokens)) if isinstance(e, Completion) else e
+                for e in events
+            ]
+
+        turns: dict = {}  # noqa: RUF012 - one sampler per test
+
+        def submit(self, request):
+            self.turns[request.id] = _turns(request)
+            super().submit(request)
+
+    config = _config(policy="at2po", paths=6, initial_paths=2, rounds=2, weight=0.05)
+    sampler = Uncertain(renderer, _three_calls(0.1, 0.1))
+    collected = collect(PROMPTS[:1], sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=1)
+    (tree,) = collected.trees
+    _check([tree], config)
+    # Two chains; room 2 in each of two rounds. Round 1: both turns behind a first result (0.9). Round 2: those again
+    # and their siblings, all at 0.9 - 0.05: the two of lowest key.
+    granted = [(i, s.branch) for i, s in enumerate(tree.segments) if s.branch and s.branch.children]
+    assert sum(branch.children for _, branch in granted) == 4
+    assert {branch.room for _, branch in granted} == {2}
+    for index, branch in granted:
+        assert sum(tree.segments[i].tool is not None for i in tree.path(index)) == 1
+        assert branch.score == pytest.approx(0.9 if branch.children == 1 and index < 8 else 0.85, abs=0.051)
+    assert collected.metrics["rollout/fresh_paths"] == 0
+    # Every decision is kept, also those that granted nothing.
+    assert all(s.branch is not None for s in tree.segments[1:] if s.sampled and s.parent == 0)
+
+
+def test_at2po_counts_a_turn_chosen_twice(renderer):
+    config = _config(policy="at2po", paths=4, initial_paths=1, rounds=3, weight=0.0, max_tool_calls=0)
+    collected, sampler = _collect(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
+    (tree,) = collected.trees
+    _check([tree], config)
+    assert sum(s.branch.children for s in tree.segments if s.branch) == 3
+    assert len({request.seed for request, _ in sampler.seen}) == 4
 
 
 def test_at_the_call_limit_the_model_is_told_and_may_answer_once(renderer):
@@ -340,7 +446,7 @@ def _without_times(trees):
     return [replace(tree, segments=tuple(plain(s) for s in tree.segments)) for tree in trees]
 
 
-@pytest.mark.parametrize("policy", ["paper", "random"])
+@pytest.mark.parametrize("policy", ["paper", "aepo", "at2po", "random"])
 def test_deterministic_mode_fixes_the_tree_whatever_the_tools_take(renderer, policy):
     jitter = random.Random(1)
 

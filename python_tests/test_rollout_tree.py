@@ -51,7 +51,7 @@ BROKEN = {
     "leaf missing": (lambda t: replace(t, leaves=t.leaves[:2]), "2 leaves; expected exactly 3"),
     "leaf twice": (lambda t: replace(t, leaves=(*t.leaves[:2], t.leaves[0])), "two leaves on one segment"),
     "leaf inside": (lambda t: replace(t, leaves=(*t.leaves[:2], Leaf(1, StopReason.TOOL))), "leaf or childless"),
-    "no decision": (lambda t: _with(t, 3, branch=None), "2 paths from the prompt and 0 forks"),
+    "no decision": (lambda t: _with(t, 3, branch=None), "tool result 2 has 2 children but decisions granted 0"),
     "too many forks": (lambda t: _with(t, 3, branch=Branch(0.7, 1, 2)), "2 forks; expected at most M - N = 1"),
     "fork elsewhere": (
         lambda t: _with(_with(t, 3, branch=None), 4, branch=Branch(0.7, 1, 1)),

@@ -1,7 +1,8 @@
-"""Where a path forks: windows of entropies in, decisions out.
+"""Where a path forks while it is sampled: windows of entropies in, decisions out.
 
 The rule itself is `ops.branch_points`; this file says what it is asked. A window is the first k entropies after a tool
-result (ARPO Eq. 3 to 5), normalised, against the baseline of its path.
+result (ARPO Eq. 3 to 5), normalised, against the baseline of its path. Policies that wait for complete paths are in
+`expansion`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A path that asks. tree: position of its prompt. entropy: normalised; root: that of the path's first window."""
+    """A path that asks. tree: position of its prompt. entropy: normalised; root: that of the path's first window.
+
+    streak: how many of its last decisions in a row were positive.
+    """
 
     tree: int
     key: int
     turn: int
     entropy: float
     root: float
+    streak: int = 0
 
 
 def path_key(lineage: Sequence[int]) -> int:
@@ -73,10 +78,11 @@ class Brancher:
     def decide(self, windows: Sequence[Window], room: Sequence[int]) -> list[Branch | None]:
         """One decision a window; `room` is the number of paths each tree may still start.
 
-        All windows of one call see the same baseline, so their order changes nothing. None under `chain`, which takes
-        no decisions. With `post_tool` the first windows have nothing to be compared with and count as no change.
+        All windows of one call see the same baseline, so their order changes nothing. None under `chain` and `at2po`,
+        which take no decisions here. With `post_tool` the first windows have nothing to be compared with and count as
+        no change.
         """
-        if self.config.policy == "chain":
+        if self.config.policy in ("chain", "at2po"):
             return [None] * len(windows)
         baselines = [self._baseline(window) for window in windows]
         for window in windows:
@@ -101,6 +107,9 @@ class Brancher:
             "width": self.config.branch_width,
             "seed": self.seed,
         }
+        if self.config.policy == "aepo":
+            streak = torch.tensor([w.streak for w in windows], dtype=torch.int32)
+            rule |= {"penalty": self.config.penalty, "streak": streak}
         scores = ops.branch_scores(*inputs, **rule)[0].tolist()
         children = ops.branch_points(*inputs, **rule).tolist()
         return [

@@ -6,16 +6,22 @@ are drawn (`sampler`), the branch rule (`branching`), texts and tags (`render`),
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from arpo_ext import ops
 from arpo_ext.config import RolloutConfig
 from arpo_ext.errors import DataError
 from arpo_ext.render import Renderer
 from arpo_ext.rollout.branching import Brancher, Window, draw_seed
+from arpo_ext.rollout.expansion import choose_turns
 from arpo_ext.rollout.paths import Budget, OpenPath
 from arpo_ext.rollout.sampler import Completion, Probe, Sampler, SampleRequest
 from arpo_ext.rollout.tree import GrowingTree
@@ -90,6 +96,9 @@ class _Run:
         self.budget = Budget(config, renderer, sampler.max_model_len)
         self.brancher = Brancher(config, sampler.vocab_size, seed)
         self.trees: list[GrowingTree] = []
+        # Of each tree: the paths as they were when a turn began, by the turn's first segment.
+        self.turns: defaultdict[int, dict[int, OpenPath]] = defaultdict(dict)
+        self.monitored: dict[int, list[float]] = {}
         self.sampling: dict[int, OpenPath] = {}
         self.waiting: list[tuple[Future[ToolResult], OpenPath]] = []
         self.requests = 0
@@ -116,19 +125,57 @@ class _Run:
             self.trees.append(GrowingTree(prompt, [root]))
 
     def start_paths(self) -> None:
-        """Start what is missing of every tree that has no open path: the initial paths, or all the rest at once."""
+        """Start what is missing of every tree that has no open path: initial paths, an expansion, or all the rest."""
         for index, tree in enumerate(self.trees):
-            if tree.open or tree.started == self.config.paths:
-                continue
-            total = self.config.initial_paths if not tree.started else self.config.paths
-            if self.config.policy == "chain":
-                # Nothing ever forks, so nothing is gained by holding paths back.
-                total = self.config.paths
-            elif tree.started:
-                self.fresh += total - tree.started
-            for ordinal in range(tree.started, total):
+            while not tree.open and tree.started < self.config.paths:
+                if self.config.policy == "at2po" and tree.started and tree.rounds < self.config.rounds:
+                    self.expand(index)
+                else:
+                    self.start_at_prompt(index)
+
+    def start_at_prompt(self, index: int) -> None:
+        tree = self.trees[index]
+        total = self.initial_paths(index)
+        if tree.started >= total:
+            total = self.config.paths
+            self.fresh += total - tree.started
+        for ordinal in range(tree.started, total):
+            tree.started += 1
+            path = OpenPath(index, (ordinal,), tip=0, tokens=tree.segments[0].tokens)
+            if self.config.policy == "aepo" and ordinal == 0:
+                path.monitored = self.monitored.setdefault(index, [])
+            self.sample(path)
+
+    def initial_paths(self, index: int) -> int:
+        """How many paths of a tree begin at its prompt before anything may fork.
+
+        chain: all, for nothing is gained by holding paths back. aepo: one that is monitored first, then as many as its
+        entropies say, that one included.
+        """
+        if self.config.policy == "chain":
+            return self.config.paths
+        if self.config.policy != "aepo":
+            return self.config.initial_paths
+        if not self.trees[index].started:
+            return 1
+        root, *after_tools = self.monitored[index]
+        mean = sum(after_tools) / len(after_tools) if after_tools else math.nan
+        pair = torch.tensor([[root], [mean]], dtype=torch.float64)
+        return int(ops.aepo_initial_paths(*pair, paths=self.config.paths, slope=self.config.split_slope))
+
+    def expand(self, index: int) -> None:
+        """Sample the most uncertain turns of a tree again."""
+        tree = self.trees[index]
+        decisions = choose_turns(tree, self.turns[index], config=self.config, seed=self.seed)
+        tree.rounds += 1
+        for segment, branch in decisions.items():
+            origin = self.turns[index][segment]
+            before = tree.segments[segment].branch
+            tree.grant(segment, branch)
+            for ordinal in range(branch.children):
                 tree.started += 1
-                self.sample(OpenPath(index, (ordinal,), tip=0, tokens=tree.segments[0].tokens))
+                # A turn chosen again has siblings already; each needs a name of its own.
+                self.sample(origin.sibling(ordinal + (before.children if before else 0)))
 
     def sample(self, path: OpenPath) -> None:
         self.sampling[self.requests] = path
@@ -161,14 +208,17 @@ class _Run:
             window = event.entropies[: self.config.probe_tokens]
             entropy = self.brancher.normalize(window)
             path.probe_entropy = sum(window) / len(window)
+            if path.monitored is not None:
+                path.monitored.append(entropy)
             if path.root is None:
                 path.root = entropy
-            elif not path.asked:
-                asking.append((path, Window(path.tree, path.key, path.turn, entropy, path.root)))
+            elif not path.asked and path.monitored is None:
+                asking.append((path, Window(path.tree, path.key, path.turn, entropy, path.root, path.streak)))
         asking.sort(key=lambda pair: (pair[1].tree, pair[1].key))
         room = [self.config.paths - tree.started for tree in self.trees]
         for (path, _), branch in zip(asking, self.brancher.decide([window for _, window in asking], room), strict=True):
             path.asked, path.branch = True, branch
+            path.streak = path.streak + 1 if branch and branch.children else 0
             for ordinal in range(branch.children if branch else 0):
                 self.trees[path.tree].started += 1
                 self.sample(path.sibling(ordinal))
@@ -188,7 +238,10 @@ class _Run:
             probe_entropy=path.probe_entropy,
             branch=path.branch,
         )
-        path.advance(self.trees[path.tree].add(segment), completion.tokens)
+        index = self.trees[path.tree].add(segment)
+        if self.config.policy == "at2po":
+            self.turns[path.tree][index] = replace(path, branch=None)
+        path.advance(index, completion.tokens)
         path.probe_entropy = path.branch = None
         reason = completion.stop_reason
         if reason is StopReason.TOOL:

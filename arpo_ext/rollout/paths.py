@@ -19,6 +19,8 @@ class OpenPath:
     tokens: everything the model saw so far; used: how many of them follow the prompt. calls: tool calls it wrote.
     turn: tool results it read. root: normalised entropy of its first window, a branch has that of the path it left.
     asked: the branch decision of the running window is taken or not wanted. probe_entropy, branch: of that window.
+    streak: positive decisions in a row. monitored: normalised entropies of its windows, for a path that only measures
+    and never forks; else None.
     """
 
     tree: int
@@ -32,13 +34,15 @@ class OpenPath:
     asked: bool = False
     probe_entropy: float | None = None
     branch: Branch | None = None
+    streak: int = 0
+    monitored: list[float] | None = None
 
     @property
     def key(self) -> int:
         return path_key(self.lineage)
 
     def sibling(self, ordinal: int) -> OpenPath:
-        """A path that samples again from this one's tip. One decision serves a tool result: it does not ask again."""
+        """A path that samples again from this one's tip. One decision serves a turn: it does not ask again."""
         return replace(self, lineage=(*self.lineage, self.turn, ordinal), asked=True, probe_entropy=None, branch=None)
 
     def advance(self, segment: int, tokens: Sequence[int]) -> None:

@@ -9,20 +9,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from arpo_ext.errors import DataError
-from arpo_ext.types import Leaf, Prompt, RolloutTree, Segment, StopReason
+from arpo_ext.types import Branch, Leaf, Prompt, RolloutTree, Segment, StopReason
 
 
 @dataclass
 class GrowingTree:
     """A tree while it is collected.
 
-    started: paths that began (initial, forked and fresh); each ends in exactly one leaf.
+    started: paths that began (initial, forked and fresh); each ends in exactly one leaf. rounds: expansions so far.
     """
 
     prompt: Prompt
     segments: list[Segment]
     leaves: list[Leaf] = field(default_factory=list)
     started: int = 0
+    rounds: int = 0
 
     @property
     def open(self) -> int:
@@ -32,6 +33,12 @@ class GrowingTree:
         """Append a segment; its index."""
         self.segments.append(segment)
         return len(self.segments) - 1
+
+    def grant(self, segment: int, branch: Branch) -> None:
+        """Note a decision about the turn that `segment` begins; siblings granted before add up."""
+        before = self.segments[segment].branch
+        children = branch.children + (0 if before is None else before.children)
+        self.segments[segment] = replace(self.segments[segment], branch=replace(branch, children=children))
 
     def end(self, segment: int, reason: StopReason) -> None:
         self.leaves.append(Leaf(segment, reason))
@@ -97,9 +104,10 @@ def check_tree(
 ) -> None:
     """Raise ValueError with the first broken promise of a collected tree; see DESIGN section 5.
 
-    Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all at tool
-    results and all accounted for by a branch decision; tool results never sampled; a logprob for every sampled token,
-    entropies for the first `probe_tokens` of them; call and token budgets of every path.
+    Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all where the
+    model took over (the prompt or a tool result) and all accounted for by a branch decision; tool results never
+    sampled; a logprob for every sampled token, entropies for the first `probe_tokens` of them; call and token budgets
+    of every path.
     """
     children: list[list[int]] = [[] for _ in tree.segments]
     for index, segment in enumerate(tree.segments[1:], start=1):
@@ -117,12 +125,15 @@ def check_tree(
     forks = tree.counts["forks"]
     if forks > paths - initial_paths:
         raise ValueError(f"tree has {forks} forks; expected at most M - N = {paths - initial_paths}")
-    if len(children[0]) + forks != paths:
-        raise ValueError(f"{len(children[0])} paths from the prompt and {forks} forks do not make {paths} leaves")
+    granted = [sum(tree.segments[i].branch.children for i in below if tree.segments[i].branch) for below in children]
     for index, below in enumerate(children):
-        granted = sum(tree.segments[i].branch.children for i in below if tree.segments[i].branch is not None)
-        if index and not tree.segments[index].sampled and len(below) != 1 + granted:
-            raise ValueError(f"tool result {index} has {len(below)} children but decisions granted {granted} siblings")
+        if index and not tree.segments[index].sampled and len(below) != 1 + granted[index]:
+            raise ValueError(
+                f"tool result {index} has {len(below)} children but decisions granted {granted[index]} siblings"
+            )
+    own = len(children[0]) - granted[0]
+    if own + forks != paths:
+        raise ValueError(f"{own} paths of their own from the prompt and {forks} forks do not make {paths} leaves")
     for leaf in tree.leaves:
         _check_path(tree, leaf, max_tool_calls, max_response_tokens)
 
