@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -336,35 +337,67 @@ void bind_group_advantages(py::module_& m) {
 #endif
 }
 
+// Addresses in the order of PolicyTokens, then group, parent, leaf_segment, leaf_weight and, on the kernel's device, the
+// numbers normalizer, kl_coef and entropy_coef; 0 where there is none. `numbers` holds those given as such, then
+// clip_low, clip_high, dual_clip, tau_positive and tau_negative.
+PolicyLoss policy_loss_call(const std::array<Address, 14>& addresses, const std::array<double, 8>& numbers,
+                            std::int64_t count, bool pairs, bool wide, std::int64_t groups, bool mean_gradient,
+                            std::int64_t leaves, int clip, int kl) {
+    ARPO_CHECK(clip >= 0 && clip <= static_cast<int>(PolicyClip::sapo), "clip code must be 0 to 3, got ", clip);
+    ARPO_CHECK(kl >= 0 && kl <= static_cast<int>(PolicyKl::k3), "kl code must be 0 to 3, got ", kl);
+    const auto column = [&](int i) { return at<const float>(addresses[i]); };
+    const auto number = [&](int i) { return PolicyNumber{at<const double>(addresses[11 + i]), numbers[i]}; };
+    const bool paths = addresses[8] != 0;
+    const PolicyTokens tokens{column(0), column(1), column(2), column(3), column(4), column(5), column(6)};
+    const PolicyGroups shared{at<const void>(addresses[7]),
+                              wide,
+                              groups,
+                              mean_gradient,
+                              at<const std::int64_t>(addresses[8]),
+                              at<const std::int64_t>(addresses[9]),
+                              column(10),
+                              paths ? column(2) : nullptr,
+                              leaves};
+    return {tokens,
+            count,
+            pairs,
+            shared,
+            {static_cast<PolicyClip>(clip), numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
+             static_cast<PolicyKl>(kl), number(0), number(1), number(2)}};
+}
+
+// What only a device where memory can be read here allows.
+void check_paths_on_cpu(const PolicyGroups& tree) {
+    for (std::int64_t s = 0; tree.parent && s < tree.groups; ++s) {
+        ARPO_CHECK(tree.parent[s] >= -1 && tree.parent[s] < s, "policy_loss: got parent ", tree.parent[s],
+                   " of segment ", s, "; expected -1 to ", s - 1);
+    }
+    for (std::int64_t l = 0; l < tree.leaves; ++l) {
+        ARPO_CHECK(tree.leaf_segment[l] >= 0 && tree.leaf_segment[l] < tree.groups, "policy_loss: got leaf_segment ",
+                   tree.leaf_segment[l], " at ", l, "; expected 0 to ", tree.groups - 1);
+    }
+}
+
 void bind_policy_loss(py::module_& m) {
-    // normalizer 0: normalizer_value instead. gradient 0: not wanted.
-    m.def("policy_loss_cpu",
-          [](int isa_code, int threads, Address logprob, Address old_logprob, Address advantage, bool advantage_is_pair,
-             Address weight, std::int64_t tokens, Address normalizer, double normalizer_value, int clip,
-             double clip_low, double clip_high, double dual_clip, Address loss, Address sums, Address gradient) {
-              const Isa isa = choose_isa(isa_code);
-              ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
-              ARPO_CHECK(clip >= 0 && clip <= static_cast<int>(PolicyClip::dual), "clip code must be 0 or 1, got ",
-                         clip);
-              const PolicyLoss args{at<const float>(logprob),
-                                    at<const float>(old_logprob),
-                                    at<const float>(advantage),
-                                    advantage_is_pair,
-                                    at<const float>(weight),
-                                    tokens,
-                                    at<const double>(normalizer),
-                                    normalizer_value,
-                                    static_cast<PolicyClip>(clip),
-                                    clip_low,
-                                    clip_high,
-                                    dual_clip,
-                                    at<float>(loss),
-                                    at<double>(sums),
-                                    at<float>(gradient),
-                                    threads};
-              py::gil_scoped_release release;
-              ARPO_CALL(isa, policy_loss_forward, args);
-          });
+    py::class_<PolicyLoss>(m, "PolicyLoss").def(py::init(&policy_loss_call));
+
+    // Gradients 0: not wanted.
+    m.def("policy_loss_cpu", [](int isa_code, int threads, const PolicyLoss& loss, Address value, Address sums,
+                                Address gradient, Address entropy_gradient) {
+        const Isa isa = choose_isa(isa_code);
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_paths_on_cpu(loss.groups);
+        const PolicyLossOutputs out{at<float>(value), at<double>(sums), at<float>(gradient),
+                                    at<float>(entropy_gradient)};
+        std::int64_t misplaced = -1;
+        const PolicyLossOnCpu args{loss, out, threads, &misplaced};
+        {
+            py::gil_scoped_release release;
+            ARPO_CALL(isa, policy_loss_forward, args);
+        }
+        ARPO_CHECK(misplaced < 0, "policy_loss: got a segment or row out of range at token ", misplaced,
+                   "; expected 0 to ", loss.groups.groups - 1);
+    });
 }
 
 }  // namespace

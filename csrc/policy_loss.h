@@ -1,5 +1,5 @@
-// The clipped policy loss over tokens: loss, gradient and every metric in one pass. Definitions:
-// arpo_ext/ops/policy_loss.py.
+// The policy loss over tokens: loss, gradients and every metric in one pass, or in two where ratios span groups of
+// tokens. Definitions: arpo_ext/ops/policy_loss.py.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,9 @@
 
 namespace arpo {
 
-// Codes as in arpo_ext/ops/policy_loss.py.
-enum class PolicyClip : int { ppo = 0, dual = 1 };
+// Codes as in arpo_ext/ops/_policy_loss_op.py. The clip "dual" is ppo with a finite dual_clip.
+enum class PolicyClip : int { ppo, gppo, cispo, sapo };
+enum class PolicyKl : int { none, k1, k2, k3 };
 
 // Order of PolicyLossSums in arpo_ext/ops/policy_loss.py.
 enum PolicyLossSum : int {
@@ -32,25 +33,72 @@ enum PolicyLossSum : int {
     kPolicyLossSums
 };
 
-struct PolicyLoss {
-    const float* logprob;      // [N]
-    const float* old_logprob;  // [N]
-    const float* advantage;    // [N], or [N, 2]: weighted sums of the positive and of the negative advantages
-    bool advantage_is_pair;
-    const float* weight;       // [N]; where it is 0 nothing else of the token counts
-    std::int64_t tokens;       // N
-    const double* normalizer;  // one number, or null: `normalizer_value`
-    double normalizer_value;
+// A number given as such, or as the address of one on the kernel's device.
+struct PolicyNumber {
+    const double* address;
+    double value;
+};
+
+// What each token brings: [N], or null where the caller gave none.
+struct PolicyTokens {
+    const float* logprob;
+    const float* old_logprob;
+    const float* advantage;  // [N, 2] if they are pairs; not read for packed paths
+    const float* weight;     // where it is 0 nothing else of the token counts
+    const float* entropy;
+    const float* ref_logprob;
+    const float* importance;
+};
+
+// Which tokens share a ratio: group[N] int32 or int64 in [0, groups), or null: none. With parent[groups] groups are
+// segments, and each of the leaves has a ratio over the segments on its path to the root.
+struct PolicyGroups {
+    const void* group;
+    bool wide;  // int64
+    std::int64_t groups;
+    bool mean_gradient;  // the gradient of a mean, not each token's own
+    const std::int64_t* parent;
+    const std::int64_t* leaf_segment;
+    const float* leaf_weight;  // [leaves] or null: all 1
+    const float* leaf_advantage;
+    std::int64_t leaves;
+};
+
+struct PolicyRule {
     PolicyClip clip;
     double clip_low;
     double clip_high;
-    double dual_clip;
-    float* loss;      // one number
-    double* sums;     // [kPolicyLossSums]
-    float* gradient;  // [N], or null: not wanted
-    int threads;
+    double dual_clip;  // inf: none
+    double tau_positive;
+    double tau_negative;
+    PolicyKl kl;
+    PolicyNumber normalizer;
+    PolicyNumber kl_coef;
+    PolicyNumber entropy_coef;
 };
 
-ARPO_CPU_KERNEL(policy_loss_forward, PolicyLoss)
+struct PolicyLoss {
+    PolicyTokens tokens;
+    std::int64_t count;  // N
+    bool pairs;
+    PolicyGroups groups;
+    PolicyRule rule;
+};
+
+struct PolicyLossOutputs {
+    float* loss;              // one number
+    double* sums;             // [kPolicyLossSums]
+    float* gradient;          // [N], or null: not wanted
+    float* entropy_gradient;  // [N], or null: not wanted
+};
+
+struct PolicyLossOnCpu {
+    PolicyLoss loss;
+    PolicyLossOutputs out;
+    int threads;
+    std::int64_t* misplaced;  // first token of nonzero weight whose group is out of range; else -1
+};
+
+ARPO_CPU_KERNEL(policy_loss_forward, PolicyLossOnCpu)
 
 }  // namespace arpo

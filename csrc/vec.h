@@ -2,7 +2,7 @@
 // once per instruction set, and everything in it lives in that set's namespace: the same inline function compiled with
 // other instructions is another function, never a copy the linker may pick instead.
 //
-// F32x16 has + - *, fma(a, b, c) = a*b + c, max and min (b if either is NaN), not_equal (true for NaN), greater (false
+// F32x16 has + - * /, fma(a, b, c) = a*b + c, max and min (b if either is NaN), not_equal (true for NaN), greater (false
 // for NaN), choose(mask, yes, no), and exp below. load and store move 16 adjacent floats; load_pairs reads 16 pairs.
 // load2/store2 move 32 adjacent elements of any Dtype, in an order of the type's own on which both agree: two-byte types
 // may come as even and odd elements, which costs one instruction a vector instead of two.

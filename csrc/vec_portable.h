@@ -39,6 +39,9 @@ inline F32x16 operator-(F32x16 a, F32x16 b) {
 inline F32x16 operator*(F32x16 a, F32x16 b) {
     return each([&](int i) { return a.part[i] * b.part[i]; });
 }
+inline F32x16 operator/(F32x16 a, F32x16 b) {
+    return each([&](int i) { return a.part[i] / b.part[i]; });
+}
 // Two roundings: the baseline has no fused instruction, and a library call per element would cost 20 times as much.
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return each([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });

@@ -6,6 +6,10 @@ from collections import defaultdict
 import torch
 
 from arpo_ext import ops
+from arpo_ext.ops import _native
+from arpo_ext.ops._dispatch import CPU_BACKENDS
+
+FAST = [name for name, isa in CPU_BACKENDS.items() if _native.cpu_missing(isa) is None]
 
 CLIPS = [
     {},
@@ -172,3 +176,48 @@ def naive(tokens, *, normalizer, ratio="token", ratio_gradient="mean", segment=N
     sums["clipped"] = sums["clipped_high"] + sums["clipped_low"]
     both = [gradient, entropy_gradient] if entropy_coef is not None else gradient
     return loss / normalizer, torch.tensor(both, dtype=torch.float64) / normalizer, sums
+
+
+def in_double(arguments):
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def far_from_bounds(r, /, *, clip_low=0.2, clip_high=0.2, dual_clip=None, **_):
+    """Where a ratio that is off by some roundings falls on the same side of every bound."""
+    bounds = torch.tensor([1 - clip_low, 1 + clip_high, dual_clip or 1 + clip_high], dtype=torch.float64)
+    return ((r[..., None] - bounds).abs() > 1e-5 * bounds.clamp(min=0.1)).all(dim=-1)
+
+
+def group_ratios(tokens, segment=None, row=None, **_):
+    """Ratio of each token in float64; 1 where the weight is 0."""
+    trained = tokens[3] != 0
+    x = torch.where(trained, tokens[0].double() - tokens[1].double(), 0.0)
+    index = segment if segment is not None else row
+    if index is not None:
+        index = torch.where(trained, index, 0).long()
+        zeros = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
+        count = zeros.index_add(0, index, trained.double())
+        x = (zeros.index_add(0, index, x) / count.clamp(min=1))[index]
+    return torch.where(trained, x.clamp(-20, 20).exp(), 1.0)
+
+
+def assert_as_close_as_plain_torch(tokens, backend, **arguments):
+    """Loss, gradients and sums no further from float64 than the reference in float32 is, and a little."""
+    doubles = [t.double() for t in tokens]
+    true_loss, true_gradient, true_sums = run(doubles, "reference", **in_double(arguments))
+    plain_loss, plain_gradient, plain_sums = run(tokens, "reference", **arguments)
+    loss, gradient, sums = run(tokens, backend, **arguments)
+    magnitude = true_gradient.abs()
+    assert abs(loss - true_loss) <= abs(plain_loss - true_loss) + 2e-6 * magnitude.sum() + 2e-6 * abs(true_loss) + 1e-9
+    sure = far_from_bounds(group_ratios(tokens, **arguments), **arguments)
+    assert sure.float().mean() > 0.95
+    error, plain_error = (gradient - true_gradient).abs(), (plain_gradient - true_gradient).abs()
+    scale = magnitude + magnitude.mean()
+    assert ((error <= plain_error + 2e-6 * scale) | ~sure).all(), (error - plain_error).max()
+    unsure = tokens[3][~sure].double().sum()
+    for name, value, plain, true in zip(sums._fields, sums, plain_sums, true_sums, strict=True):
+        slack = unsure if "clipped" in name else 2e-6 * sums.weight
+        assert abs(value - true) <= abs(plain - true) + 3e-6 * abs(true) + slack, name

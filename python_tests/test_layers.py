@@ -146,6 +146,7 @@ def test_every_native_source_belongs_to_an_op_or_the_skeleton():
     skeleton = {"bindings.cpp", "check.h", "dtype.h", "isa.h", "isa.cpp", "host_device.h"}
     skeleton |= {"vec.h", "vec_avx512.h", "vec_avx2.h", "vec_portable.h"}
     skeleton |= {"logit_rows.h", "row_sums.h", "row_sums.cuh"}
+    skeleton |= {"policy_loss_tokens.h", "policy_loss_groups.h"}
     skeleton |= {"cuda_utils.cuh", "device_cuda.h", "device_cuda.cu"}
     known = {f"{op}{suffix}" for op in ops() for suffix in (".h", "_cpu.cpp", "_cuda.cu")}
     assert not {path.name for path in (ROOT / "csrc").iterdir()} - skeleton - known

@@ -8,16 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_loss_cases import made_tokens, naive, run
+from policy_loss_cases import FAST, made_tokens, naive, run
 
 from arpo_ext import ops
-from arpo_ext.ops import _native
-from arpo_ext.ops._dispatch import CPU_BACKENDS
 from arpo_ext.ops._policy_loss import checked_call
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
-FAST = [name for name, isa in CPU_BACKENDS.items() if _native.cpu_missing(isa) is None]
 BACKENDS = [*FAST, "reference"]
 RULES = [
     {},

@@ -14,7 +14,8 @@ from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend
 from arpo_ext.ops._policy_loss import SCHEMA, TENSORS, PolicyLossCall
 
 # Codes as in csrc/policy_loss.h.
-_CLIPS = {"ppo": 0, "dual": 1}
+_CLIPS = {"ppo": 0, "dual": 0, "gppo": 1, "cispo": 2, "sapo": 3}
+_KLS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
 SUMS = 16
 
 # loss, sums [SUMS] float64, and the gradients of the loss in logprob and in entropy where wanted
@@ -29,27 +30,38 @@ def _results(call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: b
     return new(()), new(SUMS, dtype=torch.float64), gradient, entropy_gradient
 
 
+def native_call(call: PolicyLossCall) -> tuple[object, list[Tensor | None]]:
+    """The native description of a call, and the tensors that must outlive it."""
+    kept = [tensor if tensor is None else tensor.contiguous() for tensor in call[:TENSORS]]
+    numbers = [call.normalizer, call.kl_coef, call.entropy_coef]
+    for i, tensor in enumerate(kept[-3:]):
+        # A number in the host's memory is read here; one on the device is read by the kernel.
+        if tensor is not None and tensor.device.type == "cpu":
+            numbers[i], kept[i - 3] = tensor.item(), None
+        elif tensor is not None:
+            kept[i - 3] = tensor.to(torch.float64)
+    dual_clip = torch.inf if call.dual_clip is None else call.dual_clip
+    native = _native.C.PolicyLoss(
+        [0 if tensor is None else tensor.data_ptr() for tensor in kept],
+        [*numbers, call.clip_low, call.clip_high, dual_clip, call.tau_positive, call.tau_negative],
+        call.logprob.shape[0],
+        call.advantage.ndim == 2,
+        call.group is not None and call.group.dtype is torch.int64,
+        call.groups,
+        call.ratio_gradient == "mean",
+        0 if call.leaf_segment is None else call.leaf_segment.shape[0],
+        _CLIPS[call.clip],
+        _KLS[call.kl],
+    )
+    return native, kept
+
+
 def _launch_cpu(isa: str, call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: bool) -> Results:
     results = _results(call, want_gradient, want_entropy_gradient)
-    kept = [tensor.contiguous() for tensor in call[:4]]
-    logprob, old_logprob, advantage, weight = (tensor.data_ptr() for tensor in kept)
-    _native.C.policy_loss_cpu(
-        _native.ISA_CODES[isa],
-        torch.get_num_threads(),
-        logprob,
-        old_logprob,
-        advantage,
-        call.advantage.ndim == 2,
-        weight,
-        call.logprob.shape[0],
-        0,
-        call.normalizer if call.normalizer_tensor is None else call.normalizer_tensor.item(),
-        _CLIPS[call.clip],
-        call.clip_low,
-        call.clip_high,
-        0.0 if call.dual_clip is None else call.dual_clip,
-        *map(_native.pointer, results[:3]),
-    )
+    native, kept = native_call(call)
+    outputs = [0 if tensor is None else tensor.data_ptr() for tensor in results]
+    _native.C.policy_loss_cpu(_native.ISA_CODES[isa], torch.get_num_threads(), native, *outputs)
+    del kept
     return results
 
 
@@ -170,14 +182,31 @@ def _refuse_cpu(isa: str, call: PolicyLossCall) -> str | None:
         return f"needs CPU tensors, got them on {call.logprob.device}"
     if call.logprob.dtype != torch.float32:
         return f"needs float32, got {call.logprob.dtype}"
-    if call.clip not in _CLIPS or call.group is not None:
-        return f"has clips {' and '.join(_CLIPS)} of ratio 'token', got {call.clip!r} of {call.ratio!r}"
-    if any(tensor is not None for tensor in (call.entropy, call.ref_logprob, call.importance)):
-        return "has no entropy, ref_logprob or importance"
     return _native.cpu_missing(isa)
 
 
+def _check_indices(call: PolicyLossCall) -> None:
+    """What the native code checks of indices on the CPU; elsewhere it would wait for the device."""
+    if call.group is None or call.logprob.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    misplaced = (call.weight != 0) & ((call.group < 0) | (call.group >= call.groups))
+    if misplaced.any():
+        raise ValueError(
+            f"policy_loss: got a segment or row out of range at token {int(misplaced.nonzero()[0])}; "
+            f"expected 0 to {call.groups - 1}"
+        )
+    if call.parent is None:
+        return
+    segments = torch.arange(call.groups)
+    for s in ((call.parent < -1) | (call.parent >= segments)).nonzero().flatten().tolist():
+        raise ValueError(f"policy_loss: got parent {int(call.parent[s])} of segment {s}; expected -1 to {s - 1}")
+    for i in ((call.leaf_segment < 0) | (call.leaf_segment >= call.groups)).nonzero().flatten().tolist():
+        got = int(call.leaf_segment[i])
+        raise ValueError(f"policy_loss: got leaf_segment {got} at {i}; expected 0 to {call.groups - 1}")
+
+
 def _run_reference(call: PolicyLossCall) -> tuple[Tensor, Tensor]:
+    _check_indices(call)
     arguments = call._asdict()
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in ("logprob", "entropy"):
