@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Each has a module bench_<op>.
-BENCHES = ("logprob_entropy", "branch_points", "group_advantages", "policy_loss")
+BENCHES = ("logprob_entropy", "linear_logprob_entropy", "branch_points", "group_advantages", "policy_loss")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

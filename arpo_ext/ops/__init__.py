@@ -4,6 +4,7 @@ from arpo_ext.ops._dispatch import BackendError, available_backends, build_info
 from arpo_ext.ops._logits import invalid_labels
 from arpo_ext.ops.branch_points import aepo_initial_paths, branch_points, branch_scores
 from arpo_ext.ops.group_advantages import Advantages, group_advantages
+from arpo_ext.ops.linear_logprob_entropy import linear_logprob_entropy
 from arpo_ext.ops.logprob_entropy import entropy, logprob, logprob_entropy, logprob_entropy_into
 from arpo_ext.ops.policy_loss import PolicyLossSums, policy_loss
 
@@ -19,6 +20,7 @@ __all__ = [
     "entropy",
     "group_advantages",
     "invalid_labels",
+    "linear_logprob_entropy",
     "logprob",
     "logprob_entropy",
     "logprob_entropy_into",
