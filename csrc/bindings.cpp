@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
+#include "segment_advantages.h"
 
 #ifdef ARPO_HAVE_CUDA
 #include "device_cuda.h"
@@ -291,47 +292,69 @@ void bind_branch_points(py::module_& m) {
 #endif
 }
 
-Estimator estimator_of(int code) {
-    ARPO_CHECK(code >= 0 && code <= static_cast<int>(Estimator::none), "estimator code must be 0 to 3, got ", code);
-    return static_cast<Estimator>(code);
+GroupLeaves group_leaves(Address reward, Address tree, Address subgroup, Address length, std::int64_t leaves) {
+    return {at<const float>(reward), at<const std::int64_t>(tree), at<const std::int64_t>(subgroup),
+            at<const std::int64_t>(length), leaves};
 }
 
-SegmentTree segment_tree(Address leaf, Address leaf_weight, Address parent, Address leaf_segment, std::int64_t leaves,
-                         std::int64_t segments) {
+Estimator estimator_of(int code, const GroupLeaves& in) {
+    ARPO_CHECK(code >= 0 && code <= static_cast<int>(Estimator::at2po), "estimator code must be 0 to 10, got ", code);
+    const Estimator estimator = static_cast<Estimator>(code);
+    ARPO_CHECK(in.subgroup != nullptr || in.leaves == 0 || !uses_subgroups(estimator), "estimator code ", code,
+               " needs subgroups");
+    return estimator;
+}
+
+SegmentTree segment_tree(Address leaf, Address leaf_weight, Address entropy, Address subgroup, Address parent,
+                         Address leaf_segment, std::int64_t leaves, std::int64_t segments) {
     return {at<const float>(leaf),
             at<const float>(leaf_weight),
+            at<const float>(entropy),
+            at<const std::int64_t>(subgroup),
             at<const std::int64_t>(parent),
             at<const std::int64_t>(leaf_segment),
             leaves,
             segments};
 }
 
+Credit credit_of(int code, const SegmentTree& tree) {
+    ARPO_CHECK(code >= 0 && code <= static_cast<int>(Credit::prefix), "credit code must be 0 to 2, got ", code);
+    const Credit credit = static_cast<Credit>(code);
+    ARPO_CHECK(tree.entropy != nullptr || tree.segments == 0 || credit != Credit::turn, "turn credit needs entropies");
+    ARPO_CHECK(tree.subgroup != nullptr || tree.leaves == 0 || credit != Credit::prefix,
+               "prefix credit needs subgroups");
+    return credit;
+}
+
 void bind_group_advantages(py::module_& m) {
+    py::class_<GroupLeaves>(m, "GroupLeaves").def(py::init(&group_leaves));
     py::class_<SegmentTree>(m, "SegmentTree").def(py::init(&segment_tree));
 
     m.def("group_advantages_cpu",
-          [](int estimator, double eps, Address reward, Address tree, std::int64_t leaves, Address leaf) {
-              const Estimator chosen = estimator_of(estimator);
+          [](int estimator, double eps, const GroupLeaves& in, Address leaf, int threads) {
+              const Estimator chosen = estimator_of(estimator, in);
+              ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
               py::gil_scoped_release release;
-              group_advantages_cpu(chosen, eps, at<const float>(reward), at<const std::int64_t>(tree), leaves,
-                                   at<float>(leaf));
+              group_advantages_cpu(chosen, eps, in, at<float>(leaf), threads);
           });
-    m.def("segment_advantages_cpu", [](const SegmentTree& tree, Address segment, Address pair) {
+    m.def("segment_advantages_cpu", [](int credit, const SegmentTree& tree, Address segment, Address pair) {
+        const Credit chosen = credit_of(credit, tree);
         py::gil_scoped_release release;
-        segment_advantages_cpu(tree, at<float>(segment), at<float>(pair));
+        segment_advantages_cpu(chosen, tree, at<float>(segment), at<float>(pair));
     });
 #ifdef ARPO_HAVE_CUDA
-    m.def("group_advantages_cuda", [](int estimator, double eps, Address reward, Address tree, std::int64_t leaves,
-                                      Address leaf, int device, Address stream) {
-        const Estimator chosen = estimator_of(estimator);
+    m.def("group_advantages_cuda", [](int estimator, double eps, const GroupLeaves& in, Address leaf,
+                                      Address deviation, int device, Address stream) {
+        const Estimator chosen = estimator_of(estimator, in);
         py::gil_scoped_release release;
-        group_advantages_cuda(chosen, eps, at<const float>(reward), at<const std::int64_t>(tree), leaves,
-                              at<float>(leaf), device, at<void>(stream));
+        group_advantages_cuda(chosen, eps, in, at<float>(leaf), at<double>(deviation), device, at<void>(stream));
     });
-    m.def("segment_advantages_cuda", [](const SegmentTree& tree, Address segment, Address pair, Address totals,
-                                        int device, Address stream) {
+    m.def("segment_advantages_workspace", &segment_advantages_workspace);
+    m.def("segment_advantages_cuda", [](int credit, const SegmentTree& tree, Address segment, Address pair,
+                                        Address sums, int device, Address stream) {
+        const Credit chosen = credit_of(credit, tree);
         py::gil_scoped_release release;
-        segment_advantages_cuda(tree, at<float>(segment), at<float>(pair), at<double>(totals), device,
+        segment_advantages_cuda(chosen, tree, at<float>(segment), at<float>(pair), at<void>(sums), device,
                                 at<void>(stream));
     });
 #endif

@@ -1,11 +1,11 @@
 // Not yet measured.
 //
-// group_advantages gives one block to each leaf; the block of a tree's first leaf does the whole tree, the others stop
-// as soon as they meet an earlier leaf of theirs. One launch, no workspace, any order and any group size; sums run in
-// a fixed order. A tree costs a read of all L tree indices, so L * (number of trees) reads in all, from the L2 cache.
+// Floor: 12 bytes read and 4 written per leaf, which at any ordinary size is less than the cost of a launch.
 //
-// segment_advantages adds every leaf to the segments of its path with float64 atomics and then divides: a memset and
-// two launches. See segment_share for why the order of the atomics does not show.
+// One block to each leaf; the block of a tree's (or subgroup's) first leaf does the whole group, the others stop as
+// soon as they meet an earlier leaf of theirs. One launch, no workspace, any order and any group size; sums run in a
+// fixed order. A group costs a read of all L indices, so L * (number of groups) reads in all, from the L2 cache.
+// reinforce_pp_baseline takes a second launch, since the whole batch enters every result.
 #include <climits>
 
 #include "cuda_utils.cuh"
@@ -15,121 +15,131 @@ namespace arpo {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / cuda::kWarp;
+constexpr int kBatchThreads = 1024;
 
-// Whether a leaf before `leaf` has the same tree. The same answer in every thread; reads backwards, since the leaves of
-// a tree mostly stand together.
-__device__ bool has_earlier(const int64_t* tree, int64_t leaf) {
-    const int64_t own = tree[leaf];
+// A leaf's group: its tree, and its subgroup where the estimator has them.
+struct Group {
+    int64_t tree;
+    int64_t subgroup;
+
+    __device__ Group(const GroupLeaves& in, int64_t l)
+        : tree(in.tree[l]), subgroup(in.subgroup == nullptr ? 0 : in.subgroup[l]) {}
+    __device__ bool known(int64_t leaves) const {
+        return tree >= 0 && tree < leaves && subgroup >= 0 && subgroup < leaves;
+    }
+    // Leaves with an unknown subgroup count for nothing.
+    __device__ bool same_tree(const Group& other, int64_t leaves) const {
+        return tree == other.tree && other.subgroup >= 0 && other.subgroup < leaves;
+    }
+    __device__ bool operator==(const Group& other) const { return tree == other.tree && subgroup == other.subgroup; }
+};
+
+// Whether a leaf before `leaf` is of the same group. The same answer in every thread; reads backwards, since the leaves
+// of a tree mostly stand together.
+__device__ bool has_earlier(const GroupLeaves& in, const Group& own, int64_t leaf) {
     for (int64_t end = leaf; end > 0; end -= kThreads) {
         const int64_t j = end - 1 - threadIdx.x;
-        if (__syncthreads_or(j >= 0 && tree[j] == own)) return true;
+        if (__syncthreads_or(j >= 0 && Group(in, j) == own)) return true;
     }
     return false;
 }
 
-// Sums over the block, in every thread. `parts` is overwritten.
-__device__ GroupSums block_merge(GroupSums sums, GroupSums* parts) {
-    for (int offset = cuda::kWarp / 2; offset > 0; offset /= 2) {
-        GroupSums other;
-        other.count = __shfl_down_sync(cuda::kAllLanes, sums.count, offset);
-        other.sum = __shfl_down_sync(cuda::kAllLanes, sums.sum, offset);
-        other.square = __shfl_down_sync(cuda::kAllLanes, sums.square, offset);
-        other.differs = __shfl_down_sync(cuda::kAllLanes, static_cast<int>(sums.differs), offset) != 0;
-        sums.merge(other);
-    }
+// The same struct of another lane, a word at a time.
+template <class Sums>
+__device__ Sums shuffle_down(const Sums& sums, int offset) {
+    static_assert(sizeof(Sums) % sizeof(unsigned) == 0, "whole words");
+    unsigned words[sizeof(Sums) / sizeof(unsigned)];
+    memcpy(words, &sums, sizeof sums);
+    for (unsigned& word : words) word = __shfl_down_sync(cuda::kAllLanes, word, offset);
+    Sums other;
+    memcpy(&other, words, sizeof other);
+    return other;
+}
+
+// Sums over the block in a fixed order, in every thread. `parts` holds one per warp and is overwritten.
+template <int kBlock, class Sums>
+__device__ Sums block_merge(Sums sums, Sums* parts) {
+    for (int offset = cuda::kWarp / 2; offset > 0; offset /= 2) sums.merge(shuffle_down(sums, offset));
     if (threadIdx.x % cuda::kWarp == 0) parts[threadIdx.x / cuda::kWarp] = sums;
     __syncthreads();
-    GroupSums total = parts[0];
-    for (int warp = 1; warp < kWarps; ++warp) total.merge(parts[warp]);
+    Sums total = parts[0];
+    for (int warp = 1; warp < kBlock / cuda::kWarp; ++warp) total.merge(parts[warp]);
     return total;
 }
 
-__global__ void group_advantages_kernel(Estimator estimator, double eps, const float* reward, const int64_t* tree,
-                                        int64_t leaves, float* leaf) {
-    // GroupSums has initialisers, which shared memory may not have.
-    __shared__ alignas(GroupSums) unsigned char storage[kWarps * sizeof(GroupSums)];
-    GroupSums* parts = reinterpret_cast<GroupSums*>(storage);
+// kDeviations: writes deviations for whiten_kernel instead of advantages, +infinity for a leaf whose tree is flat.
+template <bool kDeviations>
+__global__ void group_advantages_kernel(Estimator estimator, double eps, GroupLeaves in, float* leaf,
+                                        double* deviation) {
+    // TreeSums has initialisers, which shared memory may not have.
+    __shared__ alignas(TreeSums) unsigned char storage[kThreads / cuda::kWarp * sizeof(TreeSums)];
+    TreeSums* parts = reinterpret_cast<TreeSums*>(storage);
     const int64_t first = blockIdx.x;
-    const int64_t own = tree[first];
-    if (own < 0 || own >= leaves) {
-        if (threadIdx.x == 0) leaf[first] = estimator == Estimator::none ? reward[first] : 0.0f;
+    const Group own(in, first);
+    if (estimator == Estimator::none || !own.known(in.leaves)) {
+        if (threadIdx.x == 0) {
+            leaf[first] = estimator == Estimator::none ? in.reward[first] : 0.0f;
+            if (kDeviations) deviation[first] = NAN;
+        }
         return;
     }
-    if (has_earlier(tree, first)) return;
+    if (has_earlier(in, own, first)) return;
 
-    GroupSums sums;
-    sums.shift = reward[first];
-    for (int64_t j = first + threadIdx.x; j < leaves; j += kThreads) {
-        if (tree[j] == own) sums.add(reward[j]);
+    TreeSums sums;
+    sums.tree.shift = sums.subgroup.shift = in.reward[first];
+    // The tree of a subgroup may have begun earlier.
+    const int64_t begin = in.subgroup == nullptr ? first : 0;
+    for (int64_t j = begin + threadIdx.x; j < in.leaves; j += kThreads) {
+        const Group other(in, j);
+        if (own.same_tree(other, in.leaves)) add_leaf(sums, estimator, in, j);
+        if (in.subgroup != nullptr && own == other) sums.subgroup.add(in.reward[j]);
     }
-    const GroupStatistics statistics = group_statistics(block_merge(sums, parts));
-    for (int64_t j = first + threadIdx.x; j < leaves; j += kThreads) {
-        if (tree[j] == own) leaf[j] = leaf_advantage(estimator, statistics, reward[j], eps);
-    }
-}
-
-__global__ void add_leaves_kernel(SegmentTree tree, SegmentTotals* totals) {
-    const int64_t l = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (l >= tree.leaves) return;
-    const SegmentTotals share = segment_share(tree, l);
-    int64_t s = tree.leaf_segment[l];
-    if (s >= tree.segments) return;
-    // Parents are smaller than their children, so the walk ends.
-    while (s >= 0) {
-        atomicAdd(&totals[s].count, share.count);
-        atomicAdd(&totals[s].sum, share.sum);
-        atomicAdd(&totals[s].positive, share.positive);
-        atomicAdd(&totals[s].negative, share.negative);
-        const int64_t parent = tree.parent[s];
-        s = parent < s ? parent : -1;
+    const LeafRule rule = leaf_rule(estimator, block_merge<kThreads>(sums, parts), eps);
+    for (int64_t j = first + threadIdx.x; j < in.leaves; j += kThreads) {
+        if (!(own == Group(in, j))) continue;
+        const double advantage = rule(in.reward[j], j);
+        if (kDeviations) {
+            deviation[j] = rule.scale == 0.0 ? INFINITY : advantage;
+        } else {
+            leaf[j] = static_cast<float>(advantage);
+        }
     }
 }
 
-__global__ void finish_segments_kernel(const SegmentTotals* totals, int64_t segments, float* segment, float* pair) {
-    const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (s >= segments) return;
-    segment[s] = segment_mean(totals[s]);
-    pair[2 * s] = static_cast<float>(totals[s].positive);
-    pair[2 * s + 1] = static_cast<float>(totals[s].negative);
-}
-
-unsigned blocks_for(int64_t threads, const char* what) {
-    const int64_t blocks = (threads + kThreads - 1) / kThreads;
-    if (blocks > INT_MAX) throw std::invalid_argument(std::string("group_advantages: got more than 2^39 ") + what);
-    return static_cast<unsigned>(blocks);
+// One block: L is small, and the order of the sums fixed.
+__global__ void whiten_kernel(double eps, GroupLeaves in, const double* deviation, float* leaf) {
+    __shared__ alignas(BatchSums) unsigned char storage[kBatchThreads / cuda::kWarp * sizeof(BatchSums)];
+    BatchSums sums;
+    for (int64_t l = threadIdx.x; l < in.leaves; l += kBatchThreads) {
+        sums.add(isinf(deviation[l]) ? 0.0 : deviation[l], length_of(in, l));
+    }
+    const LeafRule rule = whitening(block_merge<kBatchThreads>(sums, reinterpret_cast<BatchSums*>(storage)), eps);
+    for (int64_t l = threadIdx.x; l < in.leaves; l += kBatchThreads) {
+        if (in.tree[l] < 0 || in.tree[l] >= in.leaves) continue;
+        leaf[l] = whitened(deviation[l], isinf(deviation[l]), rule);
+    }
 }
 
 }  // namespace
 
-void group_advantages_cuda(Estimator estimator, double eps, const float* reward, const int64_t* tree, int64_t leaves,
-                           float* leaf, int device, void* stream) {
-    if (leaves == 0) return;
-    if (leaves > INT_MAX) {
-        throw std::invalid_argument("group_advantages: got " + std::to_string(leaves) +
+void group_advantages_cuda(Estimator estimator, double eps, const GroupLeaves& in, float* leaf, double* deviation,
+                           int device, void* stream) {
+    if (in.leaves == 0) return;
+    if (in.leaves > INT_MAX) {
+        throw std::invalid_argument("group_advantages: got " + std::to_string(in.leaves) +
                                     " leaves; expected at most 2^31 - 1");
     }
-    const cuda::DeviceGuard guard(device);
-    group_advantages_kernel<<<static_cast<unsigned>(leaves), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        estimator, eps, reward, tree, leaves, leaf);
-    cuda::check(cudaGetLastError(), "group_advantages");
-}
-
-void segment_advantages_cuda(const SegmentTree& tree, float* segment, float* pair, double* totals, int device,
-                             void* stream) {
-    if (tree.segments == 0) return;
-    static_assert(sizeof(SegmentTotals) == 4 * sizeof(double), "the workspace is [S, 4] float64");
-    SegmentTotals* rows = reinterpret_cast<SegmentTotals*>(totals);
+    const unsigned blocks = static_cast<unsigned>(in.leaves);
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     const cuda::DeviceGuard guard(device);
-    cuda::check(cudaMemsetAsync(totals, 0, sizeof(SegmentTotals) * tree.segments, on), "segment_advantages");
-    if (tree.leaves > 0) {
-        add_leaves_kernel<<<blocks_for(tree.leaves, "leaves"), kThreads, 0, on>>>(tree, rows);
-        cuda::check(cudaGetLastError(), "segment_advantages");
+    if (estimator == Estimator::reinforce_pp_baseline) {
+        group_advantages_kernel<true><<<blocks, kThreads, 0, on>>>(estimator, eps, in, leaf, deviation);
+        cuda::check(cudaGetLastError(), "group_advantages");
+        whiten_kernel<<<1, kBatchThreads, 0, on>>>(eps, in, deviation, leaf);
+    } else {
+        group_advantages_kernel<false><<<blocks, kThreads, 0, on>>>(estimator, eps, in, leaf, nullptr);
     }
-    finish_segments_kernel<<<blocks_for(tree.segments, "segments"), kThreads, 0, on>>>(rows, tree.segments, segment,
-                                                                                       pair);
-    cuda::check(cudaGetLastError(), "segment_advantages");
+    cuda::check(cudaGetLastError(), "group_advantages");
 }
 
 }  // namespace arpo

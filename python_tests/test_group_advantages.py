@@ -1,10 +1,22 @@
 """Group and tree advantages: all backends against loops in plain Python."""
 
 import math
-import statistics
 
 import pytest
 import torch
+from advantage_cases import (
+    close,
+    extras,
+    float32,
+    forests,
+    groups,
+    int64,
+    made_forest,
+    naive,
+    naive_prefix,
+    naive_segments,
+    naive_turn,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,66 +25,28 @@ from arpo_ext.ops.group_advantages import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TEACHING = sorted(set(ESTIMATORS) - {"none"})
 
 
-def naive(reward, tree, estimator, eps=1e-6):
-    groups = {}
-    for r, t in zip(reward, tree, strict=True):
-        groups.setdefault(t, []).append(r)
-    advantages = []
-    for r, t in zip(reward, tree, strict=True):
-        group = groups[t]
-        n, total = len(group), math.fsum(group)
-        if estimator == "none":
-            advantages.append(r)
-        elif n == 1 or max(group) == min(group):
-            advantages.append(0.0)
-        elif estimator == "grpo":
-            advantages.append((r - total / n) / (statistics.stdev(group) + eps))
-        elif estimator == "dr_grpo":
-            advantages.append(r - total / n)
-        else:
-            advantages.append(r - (total - r) / (n - 1))
-    return advantages
+def expected_segments(estimator, advantage, parent, ends, more):
+    weight = more["leaf_weight"].tolist()
+    if estimator == "at2po":
+        return naive_turn(advantage, parent, ends, more["segment_entropy"].tolist(), weight)
+    if estimator == "appo":
+        return naive_prefix(advantage, parent, ends, more["subgroup"].tolist(), weight)
+    return naive_segments(advantage, parent, ends, weight)
 
 
-def naive_segments(advantage, parent, leaf_segment, weight=None):
-    weight = weight or [1.0] * len(advantage)
-    below = [[] for _ in parent]
-    for a, w, s in zip(advantage, weight, leaf_segment, strict=True):
-        while s >= 0:
-            below[s].append((a, w))
-            s = parent[s]
-    mean = [math.fsum(a for a, _ in pairs) / len(pairs) if pairs else 0.0 for pairs in below]
-    pair = [
-        [math.fsum(w * max(a, 0.0) for a, w in pairs), math.fsum(w * min(a, 0.0) for a, w in pairs)] for pairs in below
-    ]
-    return mean, pair
-
-
-def float32(values):
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def close(got, expected, scale=1.0):
-    torch.testing.assert_close(got.cpu(), float32(expected), rtol=2e-6, atol=2e-6 * scale, equal_nan=True)
-
-
-def made_forest(leaves, trees, seed, *, shuffled=True):
-    """Rewards, tree ids, parents and leaf segments of a random forest whose leaves come in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    tree = torch.randint(trees, (leaves,), generator=generator)
-    if not shuffled:
-        tree = tree.sort().values
-    reward = torch.randint(-1, 3, (leaves,), generator=generator) / 2
-    parent, ends = [-1] * trees, []
-    for t in tree.tolist():
-        segment = t
-        for _ in range(int(torch.randint(1, 6, (), generator=generator))):
-            parent.append(segment)
-            segment = len(parent) - 1
-        ends.append(segment)
-    return reward, tree, torch.tensor(parent), torch.tensor(ends)
+def assert_follows_the_definition(estimator, backend, device, reward, tree, parent, ends, more):
+    arguments = {"parent": parent, "leaf_segment": ends, **more}
+    arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
+    got = ops.group_advantages(reward.to(device), tree.to(device), estimator=estimator, backend=backend, **arguments)
+    length, subgroup = more["length"].tolist(), more["subgroup"].tolist()
+    expected = naive(reward.tolist(), tree.tolist(), estimator, length=length, subgroup=subgroup)
+    close(got.leaf, expected)
+    segment, pair = expected_segments(estimator, expected, parent.tolist(), ends.tolist(), more)
+    close(got.segment, segment)
+    close(got.segment_pair, pair if pair else torch.empty(0, 2).tolist(), scale=max(reward.numel(), 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -83,47 +57,60 @@ def made_forest(leaves, trees, seed, *, shuffled=True):
 )
 def test_every_backend_follows_the_definition(device, estimator, leaves, trees, shuffled):
     reward, tree, parent, ends = made_forest(leaves, trees, seed=leaves, shuffled=shuffled)
-    weight = torch.rand(leaves)
+    more = extras(leaves, parent.numel(), seed=leaves)
     for backend in ("auto", device, "reference"):
-        arguments = {"parent": parent, "leaf_segment": ends, "leaf_weight": weight}
-        arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
-        got = ops.group_advantages(
-            reward.to(device), tree.to(device), estimator=estimator, backend=backend, **arguments
-        )
-        expected = naive(reward.tolist(), tree.tolist(), estimator)
-        close(got.leaf, expected)
-        mean, pair = naive_segments(expected, parent.tolist(), ends.tolist(), weight.tolist())
-        close(got.segment, mean)
-        close(got.segment_pair, pair, scale=leaves)
-
-
-@st.composite
-def groups(draw):
-    reward = st.one_of(st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, 1.0, -1.0]))
-    rewards = draw(st.lists(reward, max_size=20))
-    ids = st.integers(0, max(len(rewards) - 1, 0))
-    return rewards, draw(st.lists(ids, min_size=len(rewards), max_size=len(rewards)))
+        assert_follows_the_definition(estimator, backend, device, reward, tree, parent, ends, more)
 
 
 @settings(deadline=None, max_examples=150)
+@given(forests(), st.sampled_from(sorted(ESTIMATORS)), st.sampled_from(["cpu", "reference"]), st.integers(0, 99))
+def test_random_forests(case, estimator, backend, seed):
+    rewards, tree, parent, ends = case
+    more = extras(len(rewards), len(parent), seed) if rewards else extras(1, len(parent), seed)
+    if not rewards:
+        more = {name: t if name == "segment_entropy" else t[:0] for name, t in more.items()}
+    inputs = float32(rewards), int64(tree), int64(parent), int64(ends)
+    assert_follows_the_definition(estimator, backend, "cpu", *inputs, more)
+
+
+@settings(deadline=None, max_examples=250)
 @given(groups(), st.sampled_from(sorted(ESTIMATORS)), st.sampled_from(["cpu", "reference"]))
 def test_random_groups(case, estimator, backend):
-    rewards, tree = case
-    got = ops.group_advantages(
-        float32(rewards), torch.tensor(tree, dtype=torch.int64), estimator=estimator, backend=backend
-    )
-    close(got.leaf, naive(rewards, tree, estimator), scale=max([1.0, *map(abs, rewards)]))
+    rewards, tree, subgroup, length = case
+    more = {"length": int64(length), "subgroup": int64(subgroup)}
+    if estimator == "at2po":
+        estimator = "grpo"
+    got = ops.group_advantages(float32(rewards), int64(tree), estimator=estimator, backend=backend, **more)
+    rewards = float32(rewards).tolist()
+    expected = naive(rewards, tree, estimator, length=length, subgroup=subgroup)
+    close(got.leaf, expected, scale=max([1.0, *map(abs, rewards)]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups(), st.sampled_from(TEACHING), st.randoms(use_true_random=False))
+def test_advantages_follow_their_leaves(case, estimator, random):
+    rewards, *indices = case
+    reward, (tree, subgroup, length) = float32(rewards), map(int64, indices)
+    order = list(range(len(rewards)))
+    random.shuffle(order)
+    estimator = "grpo" if estimator == "at2po" else estimator
+
+    def run(pick):
+        more = {"subgroup": subgroup[pick], "length": length[pick]}
+        return ops.group_advantages(reward[pick], tree[pick], estimator=estimator, **more).leaf
+
+    straight, shuffled = run(slice(None))[order], run(order)
+    if estimator == "grpo_passk":  # equal best rewards: the first leaf of them, with advantage 0, has the others' value
+        straight, shuffled = straight.abs(), shuffled.abs()
+    torch.testing.assert_close(shuffled, straight, rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=100)
-@given(groups(), st.randoms(use_true_random=False))
-def test_advantages_follow_their_leaves_and_sum_to_zero(case, random):
-    rewards, tree = case
-    reward, tree = float32(rewards), torch.tensor(tree, dtype=torch.int64)
+@given(groups())
+def test_advantages_sum_to_zero(case):
+    rewards, tree, *_ = case
+    reward, tree = float32(rewards), int64(tree)
     advantage = ops.group_advantages(reward, tree).leaf
-    order = list(range(len(rewards)))
-    random.shuffle(order)
-    torch.testing.assert_close(ops.group_advantages(reward[order], tree[order]).leaf, advantage[order])
     for t in tree.unique():
         mine = advantage[tree == t]
         assert abs(mine.double().sum()) < 1e-5 * len(mine)
@@ -282,16 +269,22 @@ def test_wrong_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("estimator", ESTIMATORS.values())
 def test_the_registered_ops_pass_opcheck(estimator):
     reward, tree, parent, ends = made_forest(20, 4, seed=3)
-    torch.library.opcheck(torch.ops.arpo_ext.group_advantages.default, (reward, tree, estimator, 1e-6))
-    for weight in (None, torch.rand(20)):
-        torch.library.opcheck(torch.ops.arpo_ext.segment_advantages.default, (reward, parent, ends, weight))
+    more = extras(20, parent.numel(), seed=3)
+    leaf_op, segment_op = torch.ops.arpo_ext.group_advantages.default, torch.ops.arpo_ext.segment_advantages.default
+    torch.library.opcheck(leaf_op, (reward, tree, more["subgroup"], more["length"], estimator, 1e-6))
+    if estimator < 3:
+        entropy, subgroup = more["segment_entropy"], more["subgroup"]
+        for weight in (None, more["leaf_weight"]):
+            torch.library.opcheck(segment_op, (reward, parent, ends, weight, entropy, subgroup, estimator))
 
 
-def test_it_compiles_into_one_graph():
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_pp_baseline", "appo", "at2po"])
+def test_it_compiles_into_one_graph(estimator):
     reward, tree, parent, ends = made_forest(20, 4, seed=3)
+    arguments = {"parent": parent, "leaf_segment": ends, "estimator": estimator, **extras(20, parent.numel(), seed=3)}
     compiled = torch.compile(ops.group_advantages, fullgraph=True, backend="aot_eager")
-    got = compiled(reward, tree, parent=parent, leaf_segment=ends)
-    for one, other in zip(got, ops.group_advantages(reward, tree, parent=parent, leaf_segment=ends), strict=True):
+    got = compiled(reward, tree, **arguments)
+    for one, other in zip(got, ops.group_advantages(reward, tree, **arguments), strict=True):
         assert one.equal(other)
 
 

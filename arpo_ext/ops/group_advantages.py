@@ -2,19 +2,47 @@
 
 With r the rewards of one tree, n of them, each leaf gets
 
-    grpo     (r - mean(r)) / (std(r) + eps)     unbiased std (GRPO, arXiv 2402.03300; with this std as in verl)
-    dr_grpo  r - mean(r)                        (Dr. GRPO, arXiv 2503.20783)
-    rloo     r - mean of the other leaves       (RLOO, arXiv 2402.14740)
-    none     r
+    grpo           (r - mean(r)) / (std(r) + eps)                   GRPO, arXiv 2402.03300; with this std as in verl
+    dr_grpo        r - mean(r)                                      Dr. GRPO, arXiv 2503.20783
+    rloo           r - mean of the other leaves                     RLOO, arXiv 2402.14740
+    opo            r - sum(length * r) / sum(length)                OPO, arXiv 2505.23585
+    grpo_passk     best leaf: (r - second best) / (std(r) + eps); others 0        arXiv 2503.19595
+    reinforce_pp_baseline  (d - m) / (s + eps), d = r - mean(r)     REINFORCE++-baseline, arXiv 2501.03262
+                   m and s are mean and std of d over the leaves of all trees, each counted `length` times
+    tree_grpo      z by tree and subgroup of (z by tree of r), z(r) = (r - mean(r)) / (std(r) + eps)
+    tree_grpo_sum  z by tree of r + z by tree and subgroup of r     Tree-GRPO, arXiv 2509.21240, equations 6 and 7
+    appo           (r - mean) / (std + eps) by tree and subgroup    APPO, arXiv 2606.12384; this std is biased
+    at2po          as grpo                                          AT2PO, arXiv 2601.04767
+    none           r
 
-and 0 (but for `none`) where the tree has one leaf or all its rewards are equal. A segment gets, over the leaves below
-it (those whose path holds it), A being their advantages and w their weights,
+and exactly 0 (but for `none`) where its group has one leaf or only equal rewards. std is the unbiased one elsewhere. A
+segment gets, over the leaves below it (those whose path holds it), A being their advantages and w their weights,
 
-    segment       mean(A)                                          "hard" credit of ARPO, arXiv 2507.19849
-    segment_pair  [sum(w * max(A, 0)), sum(w * min(A, 0))]         exact under clipping: see `policy_loss`
+    segment        mean(A)                                          "hard" credit of ARPO, arXiv 2507.19849
+    segment_pair   [sum(w * max(A, 0)), sum(w * min(A, 0))]         exact under clipping: see `policy_loss`
 
-A NaN, or an infinity among other rewards, makes its own tree NaN and no other. Statistics are float64. Nothing waits
-for the GPU, and a group may have any size.
+Two estimators credit segments by a rule of their own, with one value V for all rows that share the segment:
+
+    at2po  V = sum(e^H(c) V(c)) / sum(e^H(c)) over the children c that lead to a leaf, H = segment_entropy; V of a leaf
+           is its advantage, and a leaf counts with the entropy of the segment it ends in
+    appo   V = mean(A of the initial leaves below) + mean(A of the branches below, 0 without any); 0 where no initial
+           leaf is below: a branch's own tokens are not trained. Leaves of subgroup 0 are the initial ones
+    segment_pair   [max(V, 0), min(V, 0)] * sum of w, over all leaves below (at2po) or the initial ones (appo)
+
+Where the published code differs:
+
+    | estimator     | published code                               | here                                             |
+    |---------------|----------------------------------------------|--------------------------------------------------|
+    | all           | a group of one keeps its reward as advantage | 0; verl's grpo_passk raises                      |
+    | reinforce_pp_ | divides by sqrt(var + 1e-8); whitens flat    | by std + eps; leaves of a flat tree stay 0       |
+    |  baseline     | trees too                                    |                                                  |
+    | tree_grpo     | the function compute_tree_grpo_outcome_advantage; the training scripts use the sum instead      |
+    | at2po         | biased std                                   | unbiased: all leaves scaled by sqrt((n-1)/n)     |
+    | appo          | a token gains the mean of the branches that  | the mean over the branches below its segment: the|
+    |               | its own row was forked into behind it        | same where initial rows share nothing but prompts|
+
+A NaN, or an infinity among other rewards, makes its own tree NaN (appo: its subgroup) and no other. Statistics are
+float64. Nothing waits for the GPU, and a group may have any size. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -24,12 +52,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arpo_ext.ops import _native
+from arpo_ext.ops import _native, _segment_advantages
 from arpo_ext.ops import group_advantages_reference as reference
 from arpo_ext.ops._dispatch import Backend, choose, refuse_cuda
 
 # Codes as in csrc/group_advantages.h.
-ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "none": 3}
+ESTIMATORS = {
+    "grpo": 0,
+    "dr_grpo": 1,
+    "rloo": 2,
+    "none": 3,
+    "opo": 4,
+    "grpo_passk": 5,
+    "reinforce_pp_baseline": 6,
+    "tree_grpo": 7,
+    "tree_grpo_sum": 8,
+    "appo": 9,
+    "at2po": 10,
+}
+_WITH_SUBGROUP = ("tree_grpo", "tree_grpo_sum", "appo")
+_WITH_LENGTH = ("opo", "reinforce_pp_baseline")
+_CREDIT = {"at2po": _segment_advantages.TURN, "appo": _segment_advantages.PREFIX}
 
 
 class Advantages(NamedTuple):
@@ -47,6 +90,9 @@ def group_advantages(
     estimator: str = "grpo",
     parent: Tensor | None = None,
     leaf_segment: Tensor | None = None,
+    length: Tensor | None = None,
+    subgroup: Tensor | None = None,
+    segment_entropy: Tensor | None = None,
     leaf_weight: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -57,11 +103,16 @@ def group_advantages(
     tree: [L] int64 in [0, L), in any order: leaves with equal numbers form one group.
     parent: [S] int64, each smaller than its own index, -1 for a root. One forest may hold the segments of many trees.
     leaf_segment: [L] int64 in [0, S), the last segment of each leaf's path.
+    length: [L] int64, at least 0, trained tokens of each leaf; opo needs it, reinforce_pp_baseline takes 1 without it.
+    subgroup: [L] int64 in [0, L): leaves with equal tree and subgroup form a subgroup. tree_grpo and tree_grpo_sum (the
+        number of the tree among those of a prompt, `tree` being the prompt's) and appo (see above) need it.
+    segment_entropy: [S] like reward, nats, finite; at2po needs it, and parent and leaf_segment.
     leaf_weight: [L] like reward, at least 0, default 1; it enters `segment_pair` only.
+    What an estimator has no use for is not looked at.
 
-    A segment above no leaf gets zeros. ValueError: shape, dtype, device, estimator or (on the CPU) an index is wrong.
-    On a GPU, a leaf with a tree index out of range gets 0; one with a segment out of range counts for no segment.
-    BackendError: the backend named cannot serve.
+    A segment above no leaf gets zeros. ValueError: shape, dtype, device, estimator or (on the CPU) an index or a length
+    is wrong, or one is missing. On a GPU, a leaf with a tree or subgroup out of range gets 0, one with a segment out of
+    range counts for no segment, a negative length counts as 0. BackendError: the backend named cannot serve.
     """
     leaves, device = reward.numel(), reward.device
     if reward.dtype not in (torch.float32, torch.float64):
@@ -75,15 +126,35 @@ def group_advantages(
         raise ValueError(f"group_advantages: got no {missing}; expected parent and leaf_segment, or neither")
     if not eps >= 0:
         raise ValueError(f"group_advantages: got eps {eps}; expected at least 0")
-    leaf = choose("group_advantages", _LEAVES, backend, reward).run(reward, tree, ESTIMATORS[estimator], float(eps))
+    subgroup = _wanted("subgroup", subgroup, estimator, estimator in _WITH_SUBGROUP)
+    if estimator != "reinforce_pp_baseline" or length is not None:
+        length = _wanted("length", length, estimator, estimator in _WITH_LENGTH)
+    segment_entropy = _wanted("segment_entropy", segment_entropy, estimator, estimator == "at2po")
+    for name, tensor in (("subgroup", subgroup), ("length", length)):
+        if tensor is not None:
+            _check(name, tensor, torch.int64, leaves, device)
+    chosen = choose("group_advantages", _LEAVES, backend, reward)
+    leaf = chosen.run(reward, tree, subgroup, length, ESTIMATORS[estimator], float(eps))
     if parent is None or leaf_segment is None:
+        _wanted("parent", parent, estimator, estimator == "at2po")
         return Advantages(leaf, None, None)
     _check("parent", parent, torch.int64, None, device)
     _check("leaf_segment", leaf_segment, torch.int64, leaves, device)
     if leaf_weight is not None:
         _check("leaf_weight", leaf_weight, reward.dtype, leaves, device)
+    if segment_entropy is not None:
+        _check("segment_entropy", segment_entropy, reward.dtype, parent.numel(), device)
     chosen = choose("group_advantages", _SEGMENTS, backend, reward)
-    return Advantages(leaf, *chosen.run(leaf, parent, leaf_segment, leaf_weight))
+    credit = _CREDIT.get(estimator, _segment_advantages.MEAN)
+    branch = subgroup if credit == _segment_advantages.PREFIX else None
+    return Advantages(leaf, *chosen.run(leaf, parent, leaf_segment, leaf_weight, segment_entropy, branch, credit))
+
+
+def _wanted(name: str, tensor: Tensor | None, estimator: str, wanted: bool) -> Tensor | None:
+    """The tensor if the estimator reads it, else None."""
+    if wanted and tensor is None:
+        raise ValueError(f"group_advantages: got no {name}; estimator {estimator!r} expects it")
+    return tensor if wanted else None
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, size: int | None, device: torch.device) -> None:
@@ -110,15 +181,16 @@ def _refuse_cuda(reward: Tensor) -> str | None:
     return refuse_cuda(reward)
 
 
-def _reference_leaves(reward: Tensor, tree: Tensor, estimator: int, eps: float) -> Tensor:
+def _reference_leaves(
+    reward: Tensor, tree: Tensor, subgroup: Tensor | None, length: Tensor | None, estimator: int, eps: float
+) -> Tensor:
     name = next(name for name, code in ESTIMATORS.items() if code == estimator)
-    return reference.group_advantages(reward, tree, estimator=name, eps=eps)
+    return reference.group_advantages(reward, tree, subgroup, length, estimator=name, eps=eps)
 
 
-torch.library.define("arpo_ext::group_advantages", "(Tensor reward, Tensor tree, int estimator, float eps) -> Tensor")
 torch.library.define(
-    "arpo_ext::segment_advantages",
-    "(Tensor leaf, Tensor parent, Tensor leaf_segment, Tensor? leaf_weight) -> (Tensor, Tensor)",
+    "arpo_ext::group_advantages",
+    "(Tensor reward, Tensor tree, Tensor? subgroup, Tensor? length, int estimator, float eps) -> Tensor",
 )
 
 _LEAVES = {
@@ -127,47 +199,31 @@ _LEAVES = {
     "reference": Backend(lambda reward: None, _reference_leaves),
 }
 _SEGMENTS = {
-    "cpu": Backend(_refuse_cpu, torch.ops.arpo_ext.segment_advantages),
-    "cuda": Backend(_refuse_cuda, torch.ops.arpo_ext.segment_advantages),
+    "cpu": Backend(_refuse_cpu, _segment_advantages.run),
+    "cuda": Backend(_refuse_cuda, _segment_advantages.run),
     "reference": Backend(lambda reward: None, reference.segment_advantages),
 }
 
 
 @torch.library.register_fake("arpo_ext::group_advantages")
-def _group_advantages_fake(reward: Tensor, tree: Tensor, estimator: int, eps: float) -> Tensor:
+def _group_advantages_fake(
+    reward: Tensor, tree: Tensor, subgroup: Tensor | None, length: Tensor | None, estimator: int, eps: float
+) -> Tensor:
     return torch.empty_like(reward, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("arpo_ext::segment_advantages")
-def _segment_advantages_fake(
-    leaf: Tensor, parent: Tensor, leaf_segment: Tensor, leaf_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    segments = parent.shape[0]
-    return leaf.new_empty(segments), leaf.new_empty(segments, 2)
-
-
 @torch.library.impl("arpo_ext::group_advantages", ("cpu", "cuda"))
-def _group_advantages(reward: Tensor, tree: Tensor, estimator: int, eps: float) -> Tensor:
-    reward, tree = reward.contiguous(), tree.contiguous()
-    leaf = torch.empty_like(reward)
-    call = _native.C.group_advantages_cpu if _native.device_kind(reward) == "cpu" else _native.C.group_advantages_cuda
-    sizes_and_addresses = reward.data_ptr(), tree.data_ptr(), reward.numel(), leaf.data_ptr()
-    call(estimator, eps, *sizes_and_addresses, *_native.place(reward))
-    return leaf
-
-
-@torch.library.impl("arpo_ext::segment_advantages", ("cpu", "cuda"))
-def _segment_advantages(
-    leaf: Tensor, parent: Tensor, leaf_segment: Tensor, leaf_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    segments = parent.shape[0]
-    inputs = [None if t is None else t.contiguous() for t in (leaf, leaf_weight, parent, leaf_segment)]
-    segment, pair = leaf.new_empty(segments), leaf.new_empty(segments, 2)
-    tree = _native.C.SegmentTree(*map(_native.pointer, inputs), leaf.numel(), segments)
-    if _native.device_kind(leaf) == "cpu":
-        _native.C.segment_advantages_cpu(tree, segment.data_ptr(), pair.data_ptr())
+def _group_advantages(
+    reward: Tensor, tree: Tensor, subgroup: Tensor | None, length: Tensor | None, estimator: int, eps: float
+) -> Tensor:
+    inputs = [None if t is None else t.contiguous() for t in (reward, tree, subgroup, length)]
+    leaf = torch.empty_like(reward, memory_format=torch.contiguous_format)
+    leaves = _native.C.GroupLeaves(*map(_native.pointer, inputs), reward.numel())
+    if _native.device_kind(reward) == "cpu":
+        _native.C.group_advantages_cpu(estimator, eps, leaves, leaf.data_ptr(), torch.get_num_threads())
     else:
-        totals = leaf.new_empty(segments, 4, dtype=torch.float64)
-        outputs = segment.data_ptr(), pair.data_ptr(), totals.data_ptr()
-        _native.C.segment_advantages_cuda(tree, *outputs, *_native.place(leaf))
-    return segment, pair
+        whitened = estimator == ESTIMATORS["reinforce_pp_baseline"]
+        deviation = leaf.new_empty(reward.numel(), dtype=torch.float64) if whitened else None
+        place = _native.place(reward)
+        _native.C.group_advantages_cuda(estimator, eps, leaves, leaf.data_ptr(), _native.pointer(deviation), *place)
+    return leaf
