@@ -3,7 +3,7 @@
 import math
 import random
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
@@ -79,6 +79,9 @@ class Pool:
         future = Future()
         future.set_result(self.answer(call))
         return future
+
+    def wait(self, futures):
+        wait(futures, return_when=FIRST_COMPLETED)
 
 
 @pytest.fixture(scope="module")

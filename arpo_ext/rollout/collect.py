@@ -10,7 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -267,7 +267,7 @@ class _Run:
             return
         started = time.perf_counter()
         if not self.config.deterministic and not self.sampling:
-            wait({future for future, _ in self.waiting}, return_when=FIRST_COMPLETED)
+            self.tools.wait([future for future, _ in self.waiting])
         due, later = [], []
         for future, path in self.waiting:
             (due if self.config.deterministic or future.done() else later).append((future, path))

@@ -10,8 +10,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -149,6 +149,10 @@ class ToolPool:
         else:
             first.add_done_callback(lambda done: self._share(call, answer, done.result()))
         return answer
+
+    def wait(self, futures: Iterable[Future[ToolResult]]) -> None:
+        """Return once one of the futures has its result."""
+        wait(set(futures), return_when=FIRST_COMPLETED)
 
     def _finished(self, run: _Run, result: ToolResult) -> None:
         with self._lock:
