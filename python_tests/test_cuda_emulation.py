@@ -1,0 +1,114 @@
+"""The CUDA kernels on the CPU (see cuda_emulation/__init__.py): tests that ops run on a GPU, and seeded faults."""
+
+import inspect
+import re
+import types
+
+import cuda_emulation
+import pytest
+import test_branch_points
+import test_group_advantages
+import test_logprob_entropy
+import torch
+
+pytestmark = [
+    pytest.mark.skipif(cuda_emulation.missing() is not None, reason=str(cuda_emulation.missing())),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
+
+# Order of the threads, and multiprocessors of the device.
+SCHEDULES = [("forward", 132), ("reverse", 1), ("shuffled", 4)]
+
+
+class Emulated:
+    @pytest.fixture(autouse=True)
+    def _emulation(self, request):
+        """One test after another gets another schedule."""
+        order, multiprocessors = SCHEDULES[sum(map(ord, request.node.name)) % len(SCHEDULES)]
+        cuda_emulation.schedule(order, multiprocessors=multiprocessors)
+        with cuda_emulation.serving_cpu_tensors():
+            yield
+
+    @pytest.fixture
+    def backend(self):
+        return "cuda"
+
+
+def for_a_gpu(parameter):
+    return any(mark.name == "gpu" for mark in getattr(parameter, "marks", ()))
+
+
+def without_a_gpu(function):
+    """The test as it runs here: tensors stay on the CPU, where `device_kind` makes the ops take the CUDA path."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__dict__.update(function.__dict__)
+    copy.pytestmark = []
+    here = {"device": ["cpu"], "backend": ["cuda"]}
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "parametrize" and mark.args[0] in here and any(map(for_a_gpu, mark.args[1])):
+            mark = pytest.mark.parametrize(mark.args[0], here[mark.args[0]]).mark
+        copy.pytestmark.append(mark)
+    return copy
+
+
+def gpu_tests_of(module, *, leave_out=()):
+    """Class with the module's tests that run on a GPU as well: by a parameter, or by a fixture `backend`."""
+    if hasattr(module, "device_of"):
+        module.device_of = lambda backend: "cpu"
+    chosen = {}
+    for name, function in vars(module).items():
+        if not name.startswith("test_") or name in leave_out:
+            continue
+        marks = getattr(function, "pytestmark", [])
+        parameters = [mark for mark in marks if mark.name == "parametrize"]
+        parametrized = any(any(map(for_a_gpu, mark.args[1])) for mark in parameters)
+        by_fixture = "backend" in inspect.signature(function).parameters and hasattr(module, "backend")
+        by_fixture = by_fixture and not any("backend" in mark.args[0] for mark in parameters)
+        if (parametrized or by_fixture) and not any(mark.name == "gpu" for mark in marks):
+            chosen[name] = staticmethod(without_a_gpu(function))
+    return type(module.__name__, (Emulated,), chosen)
+
+
+TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_rows_are_named", "test_opcheck"})
+TestBranchPoints = gpu_tests_of(test_branch_points)
+TestGroupAdvantages = gpu_tests_of(test_group_advantages)
+
+
+FAULTS = [
+    ("none", ""),
+    ("missing_barrier", "to shared memory against a (store|load) of thread|that no thread of the block has written"),
+    ("missing_second_barrier", "races .* to shared memory against a (load|store) of thread"),
+    ("missing_warp_barrier", "races .* to shared memory|that no thread of the block has written"),
+    ("two_blocks_write", "races .* to global memory against a store of thread \\d+ of another block"),
+    ("store_beside_atomic", "races .* to global memory"),
+    ("unwritten_shared", "thread 7 .* reads shared memory that no thread of the block has written"),
+    ("past_shared", "thread 63 .* touches shared memory outside every variable"),
+    ("past_tensor", "thread 0 .* touches memory outside its tensor"),
+    ("another_stack", "touches another thread's local memory"),
+    ("misaligned", "loads from a misaligned address"),
+    ("barrier_in_branch", "deadlock, 32 threads wait at __syncthreads|threads that have finished"),
+    ("barrier_and_shuffle", "deadlock, 40 threads wait at __syncthreads, 24 in a warp collective, 0 have finished"),
+    ("shuffle_of_some", "a lane that has finished|18 in a warp collective, 46 have finished"),
+    ("lane_outside_mask", "mask leaves it out"),
+    ("different_collectives", "in another warp collective"),
+    ("too_many_threads", "launch: invalid configuration argument"),
+]
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    FAULTS,
+    ids=[name for name, _ in FAULTS],
+)
+def test_the_emulation_finds(kernel, expected, order):
+    cuda_emulation.schedule(order)
+    data = cuda_emulation.fenced(torch.arange(128.0))
+    said = cuda_emulation.fault(kernel, data)
+    if expected:
+        assert re.search(expected, said), said
+    else:
+        assert said == ""
+        assert data[:65].tolist() == [2017.0] * 64 + [64.0 + 128]
