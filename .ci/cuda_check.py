@@ -1,0 +1,119 @@
+"""Compile every CUDA source for every release architecture and look at what came out.
+
+    cuda_check.py [--jobs N] [architecture ...]
+
+Fails where ptxas spills, where a kernel that streams tensors does not load 16 bytes at a time (its SASS has no vector
+load), or where no kernel of a name in STREAMING is found. Needs nvcc, and cuobjdump from the toolkit or from Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "build" / "cuda-check"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+PTX = "120"  # what later GPUs compile from
+# Parts of the names of the kernels that read or write tensors of the size of the logits or the tokens.
+STREAMING = ("sum_rows", "sum_pieces", "backward_pieces")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc'}")
+
+
+class CheckError(Exception):
+    pass
+
+
+def sources() -> list[Path]:
+    return [path for path in sorted((ROOT / "csrc").glob("*_cuda.cu")) if path.stem != "device_cuda"]
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one that Triton brings along."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = util.find_spec("triton")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        tool = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if tool.is_file():
+            return str(tool)
+    raise CheckError("cuobjdump is neither on the PATH nor in an installed Triton")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CheckError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def vector_loads(sass: str) -> dict[str, int]:
+    """Mangled kernel name -> number of loads from global memory of 16 bytes or more."""
+    loads: dict[str, int] = {}
+    name = ""
+    for line in sass.splitlines():
+        if header := re.match(r"\s*Function : (\S+)", line):
+            name = header[1]
+            loads[name] = 0
+        elif name and re.search(r"\bLDG\S*\.(128|256)\b", line):
+            loads[name] += 1
+    return loads
+
+
+def scalar_streams(loads: dict[str, int], streaming: Iterable[str]) -> list[str]:
+    """Names of the streaming kernels without a vector load."""
+    return [name for name, count in loads.items() if count == 0 and any(part in name for part in streaming)]
+
+
+def check(source: Path, architecture: str) -> tuple[str, dict[str, int]]:
+    """One line about the kernels of a source, and their vector loads."""
+    cubin = OUTPUT / f"{source.stem}.sm_{architecture}.cubin"
+    options = (f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v,-warn-spills,-Werror")
+    report = run("nvcc", *FLAGS, *options, "-o", cubin, source).stderr
+    loads = vector_loads(run(cuobjdump(), "--dump-sass", cubin).stdout)
+    if scalar := scalar_streams(loads, STREAMING):
+        raise CheckError(f"{source.name} for sm_{architecture} loads less than 16 bytes at a time in {scalar}")
+    registers = max((int(count) for count in re.findall(r"Used (\d+) registers", report)), default=0)
+    line = f"{source.name} sm_{architecture}: {len(loads)} kernels, at most {registers} registers, no spills"
+    return f"{line}, {sum(loads.values())} loads of 16 bytes", loads
+
+
+def check_ptx(source: Path) -> tuple[str, dict[str, int]]:
+    run("nvcc", *FLAGS, f"-arch=compute_{PTX}", "-ptx", "-o", OUTPUT / f"{source.stem}.compute_{PTX}.ptx", source)
+    return f"{source.name} compute_{PTX}: PTX", {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cuda_check.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("architectures", nargs="*", help=f"default: {' '.join(ARCHITECTURES)} and PTX for {PTX}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args(argv)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    try:
+        cuobjdump()
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            jobs = [pool.submit(check, s, a) for s in sources() for a in arguments.architectures or ARCHITECTURES]
+            jobs += [pool.submit(check_ptx, s) for s in sources() if not arguments.architectures]
+            for job in jobs:
+                line, loads = job.result()
+                print(line, flush=True)
+                seen.update(loads)
+        if missing := [part for part in STREAMING if not any(part in name for name in seen)]:
+            raise CheckError(f"no kernel is named {', '.join(missing)}; STREAMING in {__file__} names those to look at")
+    except CheckError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

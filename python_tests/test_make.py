@@ -1,0 +1,72 @@
+"""What `make` would run on machines that are not this one, and how `make cuda-check` reads what was compiled."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cuda_check():
+    spec = importlib.util.spec_from_file_location("cuda_check", ROOT / ".ci" / "cuda_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_gpu_check_runs_tests_sanitizers_and_benchmarks_without_a_network():
+    done = subprocess.run(["make", "-n", "gpu-check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    commands = re.sub(r"\\\n\s*", "", done.stdout)
+    mark = "pytest.mark." + "gpu"  # in two parts: this file has none
+    tested = {path.name for path in ROOT.glob("python_tests/test_*.py") if mark in path.read_text("utf-8")}
+    runs = [line for line in commands.splitlines() if "-m pytest -m gpu" in line]
+    for line in runs:
+        assert {Path(word).name for word in line.split() if word.endswith(".py")} == tested
+    tools = [re.search(r"--tool (\w+)", line) for line in runs]
+    assert [tool[1] if tool else None for tool in tools] == [
+        None, "memcheck", "memcheck", "racecheck", "synccheck", "initcheck"
+    ]  # fmt: skip
+    assert all("--error-exitcode 1" in line for line in runs[1:])
+    assert "-m benchmarks --device cuda --json benchmarks/results/ops_gpu.json" in commands
+    assert not re.search(r"\bpip\b|https?:|\.venv/\.ready", commands)
+
+
+SASS = """
+	code for sm_90
+		Function : _ZN4arpo8sum_rowsIfEEv
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E R8, desc[UR4][R2.64] ;
+		Function : _ZN4arpo8sum_rowsI6__halfEEv
+        /*0010*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+		Function : _ZN4arpo12merge_piecesIfEEv
+        /*0010*/                   LDS.128 R4, [R2] ;
+		Function : _ZN4arpo10sum_piecesIfEEv
+        /*0010*/                   LDG.E.ENL2.256.CONSTANT R4, R8, desc[UR4][R2.64] ;
+"""
+
+
+def test_cuda_check_counts_vector_loads_by_kernel_and_names_streams_without(cuda_check):
+    loads = cuda_check.vector_loads(SASS)
+    assert list(loads.values()) == [1, 0, 0, 1]
+    assert cuda_check.scalar_streams(loads, ("sum_rows", "sum_pieces")) == ["_ZN4arpo8sum_rowsI6__halfEEv"]
+
+
+def test_cuda_check_looks_at_kernels_that_exist(cuda_check):
+    text = "".join(path.read_text("utf-8") for path in (ROOT / "csrc").glob("*.cu*"))
+    assert not [name for name in cuda_check.STREAMING if not re.search(rf"\b{name}\(", text)]
+    assert {path.stem for path in cuda_check.sources()} >= {"logprob_entropy_cuda", "branch_points_cuda"}
+
+
+def test_cuda_check_compiles_for_what_a_release_holds(cuda_check):
+    release = re.search(
+        r'"release"\)\n\s*set\(CMAKE_CUDA_ARCHITECTURES ([^)]*)\)', (ROOT / "CMakeLists.txt").read_text()
+    )
+    expected = [f"{arch}-real" for arch in cuda_check.ARCHITECTURES] + [f"{cuda_check.PTX}-virtual"]
+    assert release[1].split() == expected
