@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "branch_points.h"
+#include "branch_tokens.h"
 #include "check.h"
 #include "dtype.h"
 #include "group_advantages.h"
@@ -292,6 +293,69 @@ void bind_branch_points(py::module_& m) {
 #endif
 }
 
+TokenRule token_rule(int scope, std::int64_t count, std::int64_t min_distance, bool fallback, double eps) {
+    ARPO_CHECK(scope >= 0 && scope <= static_cast<int>(TokenScope::none), "scope code must be 0 to 2, got ", scope);
+    ARPO_CHECK(count >= 0, "count must be at least 0, got ", count);
+    ARPO_CHECK(min_distance >= 1, "min_distance must be at least 1, got ", min_distance);
+    ARPO_CHECK(eps >= 0, "eps must be at least 0, got ", eps);
+    return {static_cast<TokenScope>(scope), count, min_distance, fallback, eps};
+}
+
+TokenRows token_rows(Address entropy, Address value, Address mask, Address candidate, Address tree, Address key,
+                     Address room, std::int64_t rows, std::int64_t tokens, std::int64_t trees) {
+    return {at<const float>(entropy),
+            at<const float>(value),
+            at<const std::uint8_t>(mask),
+            at<const std::uint8_t>(candidate),
+            at<const std::int64_t>(tree),
+            at<const std::int64_t>(key),
+            at<const std::int32_t>(room),
+            rows,
+            tokens,
+            trees};
+}
+
+TokenChoice token_choice(Address row, Address token, Address score) {
+    return {at<std::int64_t>(row), at<std::int64_t>(token), at<float>(score)};
+}
+
+FutureValue future_value(Address log_ratio, Address mask, std::int64_t rows, std::int64_t tokens, double gamma,
+                         double low, double high, Address value) {
+    return {at<const float>(log_ratio), at<const std::uint8_t>(mask), rows,           tokens, gamma,
+            static_cast<float>(low),    static_cast<float>(high),     at<float>(value)};
+}
+
+void bind_branch_tokens(py::module_& m) {
+    py::class_<TokenRule>(m, "TokenRule").def(py::init(&token_rule));
+    py::class_<TokenRows>(m, "TokenRows").def(py::init(&token_rows));
+    py::class_<TokenChoice>(m, "TokenChoice").def(py::init(&token_choice));
+    py::class_<FutureValue>(m, "FutureValue").def(py::init(&future_value));
+
+    m.def("branch_tokens_cpu",
+          [](const TokenRule& rule, const TokenRows& rows, const TokenChoice& choice, int threads) {
+              ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+              py::gil_scoped_release release;
+              branch_tokens_cpu(rule, rows, choice, threads);
+          });
+    m.def("future_value_cpu", [](const FutureValue& args, int threads) {
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        py::gil_scoped_release release;
+        future_value_cpu(args, threads);
+    });
+#ifdef ARPO_HAVE_CUDA
+    m.def("branch_tokens_scratch_bytes", &branch_tokens_scratch_bytes);
+    m.def("branch_tokens_cuda", [](const TokenRule& rule, const TokenRows& rows, const TokenChoice& choice,
+                                   Address scratch, int device, Address stream) {
+        py::gil_scoped_release release;
+        branch_tokens_cuda(rule, rows, choice, at<void>(scratch), device, at<void>(stream));
+    });
+    m.def("future_value_cuda", [](const FutureValue& args, int device, Address stream) {
+        py::gil_scoped_release release;
+        future_value_cuda(args, device, at<void>(stream));
+    });
+#endif
+}
+
 GroupLeaves group_leaves(Address reward, Address tree, Address subgroup, Address length, std::int64_t leaves) {
     return {at<const float>(reward), at<const std::int64_t>(tree), at<const std::int64_t>(subgroup),
             at<const std::int64_t>(length), leaves};
@@ -430,6 +494,7 @@ PYBIND11_MODULE(_C, m) {
     arpo::bind_machine(m);
     arpo::bind_logprob_entropy(m);
     arpo::bind_branch_points(m);
+    arpo::bind_branch_tokens(m);
     arpo::bind_group_advantages(m);
     arpo::bind_policy_loss(m);
 }

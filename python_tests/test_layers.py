@@ -127,6 +127,8 @@ def ops() -> list[str]:
 WITHOUT_NATIVE = {"linear_logprob_entropy"}
 # policy_loss has no CUDA source yet: on the GPU its reference runs.
 WITHOUT_CUDA = {"policy_loss"}
+# The token-level form of branch_points is timed beside it.
+BENCHED_WITH = {"branch_tokens": "branch_points"}
 
 
 @pytest.mark.parametrize("op", ops())
@@ -142,7 +144,7 @@ def test_an_op_has_its_file_in_every_layer(op):
         f"arpo_ext/ops/{op}.py",
         f"arpo_ext/ops/{op}_reference.py",
         f"python_tests/test_{op}.py",
-        f"benchmarks/bench_{op}.py",
+        f"benchmarks/bench_{BENCHED_WITH.get(op, op)}.py",
     ]
     assert not [name for name in expected if not (ROOT / name).is_file()]
 

@@ -3,6 +3,7 @@
 from arpo_ext.ops._dispatch import BackendError, available_backends, build_info
 from arpo_ext.ops._logits import invalid_labels
 from arpo_ext.ops.branch_points import aepo_initial_paths, branch_points, branch_scores
+from arpo_ext.ops.branch_tokens import TokenBranches, branch_tokens, future_value
 from arpo_ext.ops.group_advantages import Advantages, group_advantages
 from arpo_ext.ops.linear_logprob_entropy import linear_logprob_entropy
 from arpo_ext.ops.logprob_entropy import entropy, logprob, logprob_entropy, logprob_entropy_into
@@ -12,12 +13,15 @@ __all__ = [
     "Advantages",
     "BackendError",
     "PolicyLossSums",
+    "TokenBranches",
     "aepo_initial_paths",
     "available_backends",
     "branch_points",
     "branch_scores",
+    "branch_tokens",
     "build_info",
     "entropy",
+    "future_value",
     "group_advantages",
     "invalid_labels",
     "linear_logprob_entropy",
