@@ -26,7 +26,7 @@ def print_case(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         print(f"  read {timed['read_gbs']:.1f} GB/s, copy {timed['copy_gbs']:.1f} GB/s  {timed['rounds']} rounds")
         limit = f"of {timed['floor']}" if "floor" in timed else f"of {timed['limit']}"
         print(f"  {'provider':<28}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'x ours':>8}{'GB/s':>9}", end="")
-        print(f"{limit:>14}{'max error':>11}{'peak MiB':>10}{'host us' if 'host_ms' in timed else '':>9}")
+        print(f"{limit:>17}{'max error':>11}{'peak MiB':>10}{'host us' if 'host_ms' in timed else '':>9}")
     for row in rows:
         if "reason" in row:
             print(f"  {row['provider']:<28}  not run: {row['reason']}")
@@ -34,7 +34,7 @@ def print_case(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         share = row["share_of_floor"] if "floor" in row else row["share_of_limit"]
         print(f"  {row['provider']:<28}{row['p20_ms']:>10.4g}{row['p50_ms']:>10.4g}{row['p80_ms']:>10.4g}", end="")
         ratio = "?" if row["times_ours"] is None else f"{row['times_ours']:.2f}"
-        print(f"{ratio:>8}{row['gbs']:>9.2f}{share:>14.1%}", end="")
+        print(f"{ratio:>8}{row['gbs']:>9.2f}{share:>17.1%}", end="")
         print(f"{'' if row['max_error'] is None else format(row['max_error'], '.2g'):>11}", end="")
         print(f"{'?' if row['peak_mb'] is None else format(row['peak_mb'], '.0f'):>10}", end="")
         print(f"{1e3 * row['host_ms']:>9.0f}" if "host_ms" in row else "")

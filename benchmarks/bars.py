@@ -99,7 +99,7 @@ CPU_BARS = (
         25,
         unit="x",
     ),
-    Bar("`branch_tokens` 64 x 1024", ({"op": "branch_points", "B": 64, "T": 1024},), "p50_ms", most=1, unit="ms"),
+    Bar("`branch_tokens` 64 x 1024", ({"op": "branch_tokens", "B": 64, "T": 1024},), "p50_ms", most=1, unit="ms"),
     Bar(
         "`policy_loss` 256 x 8192, forward + backward: verl",
         ({"op": "policy_loss", "B": 256, "T": 8192},),

@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from benchmarks import BENCHES, _harness, _installed, _measure, tables
+from benchmarks import _harness, _installed, _measure, tables
 from benchmarks._harness import Case, Provider, Unavailable
-from benchmarks.bars import CPU_BARS, GPU_BARS, Bar
+from benchmarks.bars import Bar
 
 MIB = 1 << 20
 
@@ -221,12 +221,6 @@ def test_tables_between_marks_are_rewritten_and_unknown_ones_refused(monkeypatch
     assert tables.rendered(tables.rendered(text)) == tables.rendered(text)
     with pytest.raises(ValueError, match="no table 'other'; expected one of ops_cpu"):
         tables.rendered("<!-- table other -->\n<!-- end -->")
-
-
-def test_a_bar_names_rows_that_the_benchmarks_make():
-    """A renamed column or provider would leave a bar unmeasured for ever."""
-    ops = {case["op"] for bar in (*CPU_BARS, *GPU_BARS) for case in bar.cases}
-    assert ops <= {*BENCHES, "linear_logprob_entropy"}
 
 
 @pytest.mark.gpu
