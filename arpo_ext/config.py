@@ -167,7 +167,7 @@ class RolloutConfig(_Section):
     initial_paths: PositiveInt = Field(8, description="N: paths started from the prompt; `aepo` finds its own number")
     branch_width: PositiveInt = Field(1, description="Z: siblings a positive decision asks for")
     probe_tokens: PositiveInt = Field(20, description="k: tokens measured after each tool result")
-    policy: Literal["paper", "aepo", "at2po", "random", "chain"] = "paper"
+    policy: Literal["paper", "aepo", "at2po", "appo", "random", "chain"] = "paper"
     base: float = Field(0.5, description="alpha; for `random` the branch probability")
     weight: float = Field(0.2, description="beta; for `at2po` the alpha that siblings of a turn cost it")
     threshold: float = Field(0.5, description="tau")
@@ -175,6 +175,7 @@ class RolloutConfig(_Section):
     baseline: Literal["root", "post_tool"] = "root"
     penalty: float = Field(0.05, ge=0, description="`aepo`: what each consecutive branch of a path takes off its score")
     split_slope: float = Field(0.5, description="`aepo`: beta of the split between initial paths and branches")
+    min_distance: PositiveInt = Field(1, description="`appo`: tokens between two forks of one turn, at least")
     rounds: PositiveInt = Field(2, description="`at2po`: L, rounds of expansion that share the M - N branches evenly")
     temperature: PositiveFloat = 1.0
     max_tool_calls: int = Field(4, ge=0, description="per path")
@@ -189,6 +190,8 @@ class RolloutConfig(_Section):
             raise ValueError(
                 f"initial_paths (N) is {self.initial_paths} and paths (M) is {self.paths}; expected N <= M"
             )
+        if self.policy == "appo" and self.entropies != "all":
+            raise ValueError(f"policy appo chooses among all tokens, got entropies {self.entropies!r}; expected 'all'")
         return self
 
 

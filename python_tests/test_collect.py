@@ -1,5 +1,6 @@
 """The collector with a scripted sampler: exact leaves, forks, budgets, order, overlap. No engine."""
 
+import itertools
 import math
 import random
 import threading
@@ -148,8 +149,9 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
         initial_paths=data.draw(st.integers(1, paths), "N"),
         branch_width=data.draw(st.integers(1, 3), "Z"),
         probe_tokens=data.draw(st.sampled_from([1, 2, 5, 30]), "k"),
-        policy=data.draw(st.sampled_from(["paper", "aepo", "at2po", "random", "chain"])),
+        policy=data.draw(st.sampled_from(["paper", "aepo", "at2po", "appo", "random", "chain"])),
         rounds=data.draw(st.integers(1, 3)),
+        min_distance=data.draw(st.integers(1, 4)),
         baseline=data.draw(st.sampled_from(["root", "post_tool"])),
         normalizer=data.draw(st.sampled_from(["mean_over_log_vocab", "sum_over_vocab"])),
         max_tool_calls=data.draw(st.integers(0, 4)),
@@ -164,8 +166,8 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
     assert len({request.seed for request, _ in sampler.seen}) == len(sampler.seen)
     for tree in collected.trees:
         for segment in tree.segments:
-            if segment.sampled:
-                # Token in, token out: what the tree stores is what the sampler was given and gave.
+            if segment.sampled and config.policy != "appo":
+                # Token in, token out: what the tree stores is what the sampler was given and gave. appo cuts turns.
                 assert (tuple(tree.path_tokens(segment.parent)), segment.tokens) in asked
             if segment.tool is not None and segment.tool.ok:
                 assert segment.tool.text == segment.text
@@ -351,6 +353,49 @@ def test_at2po_samples_the_least_certain_turns_again(renderer):
     assert all(s.branch is not None for s in tree.segments[1:] if s.sampled and s.parent == 0)
 
 
+def test_appo_forks_at_the_least_certain_tokens(renderer):
+    entropies = [0.1, 0.2, 3.0, 0.1, 2.0, 0.1]
+    texts = ["<answer>abcd", "<answer>wxyz"]
+
+    def script(request):
+        text = texts[0] if request.seed % 2 else texts[1]
+        return text + "<eos>", entropies
+
+    config = _config(policy="appo", paths=3, initial_paths=1, min_distance=1)
+    collected, sampler = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    (tree,) = collected.trees
+    _check([tree], config)
+    # One chain of six tokens; the two positions of highest entropy are tokens 2 and 4 of it.
+    chain = sampler.seen[0][1]
+    forked = sorted(request.tokens[1:] for request, _ in sampler.seen[1:])
+    assert forked == sorted([chain[:2], chain[:4]])
+    granted = [(tree.path_tokens(s.parent)[1:], s.branch.score) for s in tree.segments if s.branch]
+    assert [len(before) for before, _ in sorted(granted)] == [2, 4]
+    assert max(granted, key=lambda pair: pair[1])[0] == list(chain[:2])
+    # Cut, but still what was sampled: the chain's tokens, logprobs and entropies in order.
+    (leaf,) = [leaf for leaf in tree.leaves if tuple(tree.path_tokens(leaf.segment)[1:]) == chain][:1]
+    assert [h for s in tree.response_segments(leaf) for h in s.entropies] == pytest.approx(entropies)
+    assert "".join(s.text for s in tree.response_segments(leaf)) == renderer.answer_text(chain)
+
+
+def test_appo_keeps_forks_of_a_turn_apart_and_fills_up_with_fresh_paths(renderer):
+    config = _config(policy="appo", paths=6, initial_paths=1, min_distance=3)
+    script = lambda r: ("abcdef<eos>", [0.1, 2.0, 2.1, 0.1, 0.1, 0.1, 0.1])  # noqa: E731
+    collected, sampler = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    (tree,) = collected.trees
+    _check([tree], config)
+    positions = sorted(len(request.tokens) - 1 for request, _ in sampler.seen[1:])
+    apart = [p for p in positions if p]
+    assert all(b - a >= 3 for a, b in itertools.pairwise(apart))
+    assert 2 in apart
+    assert len(tree.leaves) == 6
+
+
+def test_appo_needs_the_entropies_of_all_tokens():
+    with pytest.raises(ValueError, match="expected 'all'"):
+        _config(policy="appo", entropies="probe")
+
+
 def test_at2po_counts_a_turn_chosen_twice(renderer):
     config = _config(policy="at2po", paths=4, initial_paths=1, rounds=3, weight=0.0, max_tool_calls=0)
     collected, sampler = _collect(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
@@ -449,7 +494,7 @@ def _without_times(trees):
     return [replace(tree, segments=tuple(plain(s) for s in tree.segments)) for tree in trees]
 
 
-@pytest.mark.parametrize("policy", ["paper", "aepo", "at2po", "random"])
+@pytest.mark.parametrize("policy", ["paper", "aepo", "at2po", "appo", "random"])
 def test_deterministic_mode_fixes_the_tree_whatever_the_tools_take(renderer, policy):
     jitter = random.Random(1)
 

@@ -78,11 +78,11 @@ class Brancher:
     def decide(self, windows: Sequence[Window], room: Sequence[int]) -> list[Branch | None]:
         """One decision a window; `room` is the number of paths each tree may still start.
 
-        All windows of one call see the same baseline, so their order changes nothing. None under `chain` and `at2po`,
-        which take no decisions here. With `post_tool` the first windows have nothing to be compared with and count as
-        no change.
+        All windows of one call see the same baseline, so their order changes nothing. None under `chain`, `at2po`
+        and `appo`, which take no decisions here. With `post_tool` the first windows have nothing to be compared with
+        and count as no change.
         """
-        if self.config.policy in ("chain", "at2po"):
+        if self.config.policy in ("chain", "at2po", "appo"):
             return [None] * len(windows)
         baselines = [self._baseline(window) for window in windows]
         for window in windows:

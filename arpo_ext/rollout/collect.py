@@ -21,7 +21,7 @@ from arpo_ext.config import RolloutConfig
 from arpo_ext.errors import DataError
 from arpo_ext.render import Renderer
 from arpo_ext.rollout.branching import Brancher, Window, draw_seed
-from arpo_ext.rollout.expansion import choose_turns
+from arpo_ext.rollout.expansion import choose_tokens, choose_turns
 from arpo_ext.rollout.paths import Budget, OpenPath
 from arpo_ext.rollout.sampler import Completion, Probe, Sampler, SampleRequest
 from arpo_ext.rollout.tree import GrowingTree
@@ -96,6 +96,8 @@ class _Run:
         self.budget = Budget(config, renderer, sampler.max_model_len)
         self.brancher = Brancher(config, sampler.vocab_size, seed)
         self.trees: list[GrowingTree] = []
+        # Of policies that wait for complete paths; the others decide while they sample.
+        self.rounds = {"at2po": config.rounds, "appo": 1}.get(config.policy, 0)
         # Of each tree: the paths as they were when a turn began, by the turn's first segment.
         self.turns: defaultdict[int, dict[int, OpenPath]] = defaultdict(dict)
         self.monitored: dict[int, list[float]] = {}
@@ -128,8 +130,9 @@ class _Run:
         """Start what is missing of every tree that has no open path: initial paths, an expansion, or all the rest."""
         for index, tree in enumerate(self.trees):
             while not tree.open and tree.started < self.config.paths:
-                if self.config.policy == "at2po" and tree.started and tree.rounds < self.config.rounds:
+                if tree.started and tree.rounds < self.rounds:
                     self.expand(index)
+                    tree.rounds += 1
                 else:
                     self.start_at_prompt(index)
 
@@ -164,18 +167,38 @@ class _Run:
         return int(ops.aepo_initial_paths(*pair, paths=self.config.paths, slope=self.config.split_slope))
 
     def expand(self, index: int) -> None:
-        """Sample the most uncertain turns of a tree again."""
-        tree = self.trees[index]
-        decisions = choose_turns(tree, self.turns[index], config=self.config, seed=self.seed)
-        tree.rounds += 1
+        """Sample again from where the paths of a tree, all complete, were least certain."""
+        if self.config.policy == "at2po":
+            self.expand_turns(index)
+        else:
+            self.expand_tokens(index)
+
+    def expand_turns(self, index: int) -> None:
+        tree, turns = self.trees[index], self.turns[index]
+        decisions = choose_turns(tree, turns, config=self.config, seed=self.seed)
         for segment, branch in decisions.items():
-            origin = self.turns[index][segment]
             before = tree.segments[segment].branch
             tree.grant(segment, branch)
             for ordinal in range(branch.children):
                 tree.started += 1
                 # A turn chosen again has siblings already; each needs a name of its own.
-                self.sample(origin.sibling(ordinal + (before.children if before else 0)))
+                self.sample(turns[segment].sibling(ordinal + (before.children if before else 0)))
+
+    def expand_tokens(self, index: int) -> None:
+        tree, turns = self.trees[index], self.turns[index]
+        whole = {segment: tree.segments[segment].tokens for segment in turns}
+        # The piece of a turn that its next fork cuts, and where in the turn that piece begins.
+        rest = {segment: (segment, 0) for segment in turns}
+        for segment, token, branch in sorted(choose_tokens(tree, turns, config=self.config)):
+            path = turns[segment].sibling_at(token, whole[segment][:token])
+            piece, begin = rest[segment]
+            if token:
+                path.tip = piece
+                piece = tree.split(piece, token - begin, self.renderer.answer_text)
+                rest[segment] = (piece, token)
+            tree.grant(piece, branch)
+            tree.started += 1
+            self.sample(path)
 
     def sample(self, path: OpenPath) -> None:
         self.sampling[self.requests] = path
@@ -239,7 +262,7 @@ class _Run:
             branch=path.branch,
         )
         index = self.trees[path.tree].add(segment)
-        if self.config.policy == "at2po":
+        if self.rounds:
             self.turns[path.tree][index] = replace(path, branch=None)
         path.advance(index, completion.tokens)
         path.probe_entropy = path.branch = None

@@ -45,6 +45,12 @@ class OpenPath:
         """A path that samples again from this one's tip. One decision serves a turn: it does not ask again."""
         return replace(self, lineage=(*self.lineage, self.turn, ordinal), asked=True, probe_entropy=None, branch=None)
 
+    def sibling_at(self, token: int, before: Sequence[int]) -> OpenPath:
+        """A path that samples this one's turn again from its token `token` on; `before`: the turn's tokens up to it."""
+        return replace(
+            self.sibling(token), tokens=(*self.tokens, *before), used=self.used + len(before), monitored=None
+        )
+
     def advance(self, segment: int, tokens: Sequence[int]) -> None:
         self.tip = segment
         self.tokens = (*self.tokens, *tokens)

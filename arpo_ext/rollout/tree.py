@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -43,16 +44,46 @@ class GrowingTree:
     def end(self, segment: int, reason: StopReason) -> None:
         self.leaves.append(Leaf(segment, reason))
 
+    def split(self, segment: int, at: int, decode: Callable[[Sequence[int]], str]) -> int:
+        """Cut a sampled segment before its token `at`; the index of the tail, which takes over children and leaf.
+
+        Unlike the function `split` it leaves every other index as it is: the tail comes last, and `freeze` puts it
+        where it belongs.
+        """
+        head, tail = _cut(self.segments, segment, at, decode)
+        index = len(self.segments)
+        self.segments = [replace(s, parent=index) if s.parent == segment else s for s in self.segments]
+        self.segments[segment] = head
+        self.segments.append(tail)
+        self.leaves = [replace(leaf, segment=index) if leaf.segment == segment else leaf for leaf in self.leaves]
+        return index
+
     def freeze(self, *, policy: str, seed: int) -> RolloutTree:
+        order = self._parents_first()
+        place = {old: new for new, old in enumerate(order)} | {-1: -1}
+        segments = (self.segments[old] for old in order)
         return RolloutTree(
             prompt_id=self.prompt.id,
             prompt=self.segments[0].text,
             answers=self.prompt.answers,
             policy=policy,
             seed=seed,
-            segments=tuple(self.segments),
-            leaves=tuple(self.leaves),
+            segments=tuple(replace(segment, parent=place[segment.parent]) for segment in segments),
+            leaves=tuple(replace(leaf, segment=place[leaf.segment]) for leaf in self.leaves),
         )
+
+    def _parents_first(self) -> list[int]:
+        """Indices of the segments in the order they came, but for tails, which go before what hangs from them."""
+        children: dict[int, list[int]] = {}
+        for index, segment in enumerate(self.segments):
+            children.setdefault(segment.parent, []).append(index)
+        order: list[int] = []
+        ready = [0]
+        while ready:
+            order.append(heapq.heappop(ready))
+            for child in children.get(order[-1], ()):
+                heapq.heappush(ready, child)
+        return order
 
 
 def split(tree: RolloutTree, segment: int, at: int, decode: Callable[[Sequence[int]], str]) -> RolloutTree:
@@ -63,9 +94,19 @@ def split(tree: RolloutTree, segment: int, at: int, decode: Callable[[Sequence[i
     tokens. Probe and branch decision belong to the window at the start, so they stay with the head; the stop reason
     goes with the tail.
     """
-    if not 0 <= segment < len(tree.segments):
-        raise ValueError(f"got segment {segment}; expected 0 to {len(tree.segments) - 1}")
-    whole = tree.segments[segment]
+    head, tail = _cut(tree.segments, segment, at, decode)
+    # A child of the whole is a child of the tail, which sits one behind it, so one shift serves every index.
+    rest = (replace(s, parent=s.parent + (s.parent >= segment)) for s in tree.segments[segment + 1 :])
+    leaves = tuple(replace(leaf, segment=leaf.segment + (leaf.segment >= segment)) for leaf in tree.leaves)
+    return replace(tree, segments=(*tree.segments[:segment], head, tail, *rest), leaves=leaves)
+
+
+def _cut(
+    segments: Sequence[Segment], segment: int, at: int, decode: Callable[[Sequence[int]], str]
+) -> tuple[Segment, Segment]:
+    if not 0 <= segment < len(segments):
+        raise ValueError(f"got segment {segment}; expected 0 to {len(segments) - 1}")
+    whole = segments[segment]
     if not whole.sampled:
         raise ValueError(f"segment {segment} was not sampled; only sampled segments can be split")
     if not 0 < at < len(whole.tokens):
@@ -87,10 +128,7 @@ def split(tree: RolloutTree, segment: int, at: int, decode: Callable[[Sequence[i
         entropies=whole.entropies[at:],
         stop_reason=whole.stop_reason,
     )
-    # A child of the whole is a child of the tail, which sits one behind it, so one shift serves every index.
-    rest = (replace(s, parent=s.parent + (s.parent >= segment)) for s in tree.segments[segment + 1 :])
-    leaves = tuple(replace(leaf, segment=leaf.segment + (leaf.segment >= segment)) for leaf in tree.leaves)
-    return replace(tree, segments=(*tree.segments[:segment], head, tail, *rest), leaves=leaves)
+    return head, tail
 
 
 def check_tree(
@@ -104,10 +142,9 @@ def check_tree(
 ) -> None:
     """Raise ValueError with the first broken promise of a collected tree; see DESIGN section 5.
 
-    Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all where the
-    model took over (the prompt or a tool result) and all accounted for by a branch decision; tool results never
-    sampled; a logprob for every sampled token, entropies for the first `probe_tokens` of them; call and token budgets
-    of every path.
+    Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all
+    accounted for by a branch decision; tool results never sampled; a logprob for every sampled token, entropies for the
+    first `probe_tokens` of them; call and token budgets of every path.
     """
     children: list[list[int]] = [[] for _ in tree.segments]
     for index, segment in enumerate(tree.segments[1:], start=1):
@@ -127,9 +164,10 @@ def check_tree(
         raise ValueError(f"tree has {forks} forks; expected at most M - N = {paths - initial_paths}")
     granted = [sum(tree.segments[i].branch.children for i in below if tree.segments[i].branch) for below in children]
     for index, below in enumerate(children):
-        if index and not tree.segments[index].sampled and len(below) != 1 + granted[index]:
+        if index and below and len(below) != 1 + granted[index]:
+            what = "segment" if tree.segments[index].sampled else "tool result"
             raise ValueError(
-                f"tool result {index} has {len(below)} children but decisions granted {granted[index]} siblings"
+                f"{what} {index} has {len(below)} children but decisions granted {granted[index]} siblings"
             )
     own = len(children[0]) - granted[0]
     if own + forks != paths:
