@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Each has a module bench_<op>.
-BENCHES = ("logprob_entropy", "linear_logprob_entropy", "branch_points", "group_advantages", "policy_loss")
+BENCHES = (
+    "logprob_entropy",
+    "linear_logprob_entropy",
+    "branch_points",
+    "branch_tokens",
+    "group_advantages",
+    "policy_loss",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

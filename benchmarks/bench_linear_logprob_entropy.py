@@ -23,6 +23,7 @@ from ._logits import DTYPES, QWEN_VOCAB, plain
 # Largest error of logprob, entropy and of gradients of order 1. Forms that multiply with torch round the logits to the
 # dtype of the operands; all but TRL and ours round the entropies too.
 _TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1}
+_PEER_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 _PEERS: dict[str, tuple[Callable[[], _peers.LinearLogprobEntropy], str]] = {
     "TRL chunked": (_peers.trl_linear, "any"),
     "verl FusedLinearForPPO": (_peers.verl_linear, "any"),
@@ -131,10 +132,13 @@ def _providers(inputs: Sequence[Tensor], backward: bool, options: Options, lean:
     providers = [Provider("arpo-ext", ours("auto"))]
     if kind == "cuda":
         providers.append(Provider("arpo-ext triton", ours("triton")))
-    providers += [Provider(name, peer(make)) for name, (make, where) in _PEERS.items() if where in ("any", kind)]
+    tolerance = _PEER_TOLERANCE[str(hidden.dtype).removeprefix("torch.")]
+    for name, (make, where) in _PEERS.items():
+        if where in ("any", kind):
+            providers.append(Provider(name, peer(make), tolerance))
     if lean:
         return [provider for provider in providers if provider.name in _LEAN]
-    providers.append(Provider("torch eager", lambda: call(naive)))
+    providers.append(Provider("torch eager", lambda: call(naive), tolerance))
     floor = "four products" if backward else "bare product"
     return [*providers, Provider(floor, _bare_products(hidden, weight, backward), floor=True)]
 
