@@ -18,12 +18,16 @@ apart for the backward pass, which reads the logits once and writes the gradient
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from arpo_ext.ops._dispatch import choose
 from arpo_ext.ops._logits import LogitsCall, checked_call, result_dtype
 from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
+from arpo_ext.ops._logprob_entropy_parallel import over_ranks
+from arpo_ext.ops._vocab_parallel import shard_of
 
 
 def logprob_entropy(
@@ -34,6 +38,9 @@ def logprob_entropy(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_total: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
     """`(logprob, entropy)` of each row, differentiable in the logits; `logprob` is None without labels.
@@ -44,6 +51,11 @@ def logprob_entropy(
     mask: [...] bool; where False both results are 0 and the row is not read.
     inplace_backward: let the gradient take the logits' memory. Any other use of the logits in the backward pass then
         raises torch's "modified by an inplace operation". Inside `torch.compile` it has no effect.
+    group: the process group over which the vocabulary is divided, in the order of its ranks: logits hold this rank's V
+        columns, labels count over all of them, and labels, temperature and mask are the same on every rank. Both
+        results are those of the whole rows, on every rank; the gradients that come back must be the same too.
+    vocab_start, vocab_total: with a group whose ranks hold unequal parts, the number of the first column of this one,
+        and of all columns (default: rank * V and ranks * V).
     backend: "auto", "cpu", "cuda", "reference", or one instruction set: "cpu-avx512", "cpu-avx2", "cpu-portable".
 
     Both results: [...], float32 (float64 for float64 logits). A row that holds NaN or +inf, or only -inf, gives NaN in
@@ -55,15 +67,36 @@ def logprob_entropy(
     if inplace_backward:
         _check_inplace(logits)
         inplace_backward = not torch.compiler.is_compiling()
-    logprob, entropy, _ = torch.ops.arpo_ext.logprob_entropy_forward(*call.inputs, inplace_backward, backend)
+    shard = shard_of(group, logits.shape[-1], vocab_start, vocab_total)
+    if shard.group:
+        logprob, entropy = over_ranks(call, shard, inplace_backward, backend)
+    else:
+        logprob, entropy, _ = torch.ops.arpo_ext.logprob_entropy_forward(*call.inputs, inplace_backward, backend)
     return (None if labels is None else logprob), entropy
 
 
 def entropy(
-    logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, backend: str = "auto"
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_total: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Entropy of each row in nats; arguments and errors as in `logprob_entropy`."""
-    return logprob_entropy(logits, temperature=temperature, mask=mask, backend=backend)[1]
+    return logprob_entropy(
+        logits,
+        temperature=temperature,
+        mask=mask,
+        inplace_backward=inplace_backward,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_total=vocab_total,
+        backend=backend,
+    )[1]
 
 
 def logprob(
@@ -74,6 +107,9 @@ def logprob(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_total: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label; arguments and errors as in `logprob_entropy`."""
@@ -84,6 +120,9 @@ def logprob(
         ignore_index=ignore_index,
         mask=mask,
         inplace_backward=inplace_backward,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_total=vocab_total,
         backend=backend,
     )
     assert result is not None
@@ -138,15 +177,17 @@ def _check_inplace(logits: Tensor) -> None:
 
 _INPUTS = "Tensor? labels, Tensor? mask, Tensor? temperatures, float temperature, int ignore_index"
 _UPSTREAM = "Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy"
+# The backward ops serve shards too; vocab_total 0: the logits are all columns.
+_SHARD = "int vocab_start=0, int vocab_total=0"
 torch.library.define(
     "arpo_ext::logprob_entropy_forward",
     f"(Tensor logits, {_INPUTS}, bool inplace_backward, str backend) -> (Tensor logprob, Tensor entropy, Tensor stats)",
 )
 torch.library.define(
-    "arpo_ext::logprob_entropy_backward", f"(Tensor logits, {_INPUTS}, {_UPSTREAM}, str backend) -> Tensor"
+    "arpo_ext::logprob_entropy_backward", f"(Tensor logits, {_INPUTS}, {_UPSTREAM}, str backend, {_SHARD}) -> Tensor"
 )
 torch.library.define(
-    "arpo_ext::logprob_entropy_backward_", f"(Tensor(a!) logits, {_INPUTS}, {_UPSTREAM}, str backend) -> ()"
+    "arpo_ext::logprob_entropy_backward_", f"(Tensor(a!) logits, {_INPUTS}, {_UPSTREAM}, str backend, {_SHARD}) -> ()"
 )
 
 
@@ -170,10 +211,14 @@ def _forward_fake(logits, labels, mask, temperatures, temperature, ignore_index,
     return _empty_results(logits, labels)
 
 
+def _shard_call(inputs: tuple[Any, ...], vocab_start: int = 0, vocab_total: int = 0) -> LogitsCall:
+    return LogitsCall(*inputs, vocab_start, vocab_total or None)
+
+
 @torch.library.impl("arpo_ext::logprob_entropy_backward", "default")
 def _backward(*args):
-    *inputs, stats, grad_logprob, grad_entropy, backend = args
-    call = LogitsCall(*inputs)
+    inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
+    call = _shard_call(inputs, *shard)
     out = call.logits.new_empty(call.logits.shape)
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
     return out
@@ -186,8 +231,8 @@ def _backward_fake(logits, *_):
 
 @torch.library.impl("arpo_ext::logprob_entropy_backward_", "default")
 def _backward_inplace(*args):
-    *inputs, stats, grad_logprob, grad_entropy, backend = args
-    call = LogitsCall(*inputs)
+    inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
+    call = _shard_call(inputs, *shard)
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
     # Native code writes behind torch's back; this is what makes other users of the logits raise.
     torch.autograd.graph.increment_version(call.logits)
