@@ -13,6 +13,7 @@
 #include "check.h"
 #include "dtype.h"
 #include "group_advantages.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
@@ -476,6 +477,9 @@ void bind_policy_loss(py::module_& m) {
         check_paths_on_cpu(loss.groups);
         const PolicyLossOutputs out{at<float>(value), at<double>(sums), at<float>(gradient),
                                     at<float>(entropy_gradient)};
+        for (float* gradients : {out.gradient, out.entropy_gradient}) {
+            if (gradients) prefer_huge_pages(gradients, loss.count * static_cast<std::int64_t>(sizeof(float)));
+        }
         std::int64_t misplaced = -1;
         const PolicyLossOnCpu args{loss, out, threads, &misplaced};
         {

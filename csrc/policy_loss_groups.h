@@ -64,7 +64,10 @@ GroupSums run_sums(const PolicyTokens& in, int64_t begin, int64_t end, bool side
         }
     };
     int64_t t = begin;
-    for (; t + kLanes <= end; t += kLanes) add(in, t);
+    for (; t + kLanes <= end; t += kLanes) {
+        prefetch_tokens(in, t + kAhead, sides ? pair ? 2 : 1 : 0);
+        add(in, t);
+    }
     if (t < end) add(Padded(in, t, end - t, pair).in, 0);
     return {sum(x), static_cast<double>(tokens), sum(positive), sum(negative), sum(texts)};
 }
@@ -204,7 +207,8 @@ class GroupRatios {
         const double advantage = weight * tree.leaf_advantage[l], r = sides.r[lane], mass = weight * path.count;
         const bool up = !(advantage <= 0.0), down = !(advantage >= 0.0);
         const bool cispo = rule.clip == PolicyClip::cispo, sapo = rule.clip == PolicyClip::sapo;
-        const double above = up ? advantage * sides.above[lane] : 0.0, below = down ? advantage * sides.below[lane] : 0.0;
+        const double above = up ? advantage * sides.above[lane] : 0.0;
+        const double below = down ? advantage * sides.below[lane] : 0.0;
         total.objective += (above + below) * (cispo ? path.text : path.count);
         total.sums[kSumRatio] += mass * r;
         if (r > total.sums[kMaxRatio]) total.sums[kMaxRatio] = r;

@@ -150,7 +150,16 @@ def test_an_op_has_its_file_in_every_layer(op):
 
 
 def test_every_native_source_belongs_to_an_op_or_the_skeleton():
-    skeleton = {"bindings.cpp", "check.h", "dtype.h", "isa.h", "isa.cpp", "host_device.h"}
+    skeleton = {
+        "bindings.cpp",
+        "check.h",
+        "huge_pages.h",
+        "huge_pages.cpp",
+        "dtype.h",
+        "isa.h",
+        "isa.cpp",
+        "host_device.h",
+    }
     skeleton |= {"vec.h", "vec_avx512.h", "vec_avx2.h", "vec_portable.h"}
     skeleton |= {"logit_rows.h", "row_sums.h", "row_sums.cuh"}
     skeleton |= {"policy_loss_tokens.h", "policy_loss_groups.h"}
