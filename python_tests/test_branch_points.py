@@ -210,6 +210,13 @@ def test_sizes(device, policy, count, trees):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_crowded_trees_beside_empty_ones(device):
+    """A block of the CUDA kernel takes several of 600 trees, with more wishes than it lists; one has room for all."""
+    paths = [path._replace(tree=(0, 1, 2, 599)[path.tree]) for path in made_paths(2000, 4, seed=9)]
+    assert_matches_definition(paths, [7, 2000, 300] + [1] * 597, device, policy="random", base=0.9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("room", [[], [2]])
 def test_no_paths(device, room):
     assert_matches_definition([], room, device)
@@ -340,6 +347,15 @@ def test_strided_inputs():
     for policy in POLICIES:
         rule = {"policy": policy, "threshold": 0.2}
         assert ops.branch_points(**spread, **rule, backend="cpu").tolist() == naive(paths, room, **rule)[2]
+
+
+def test_gradients_stop_here():
+    inputs = tensors(made_paths(10, 2, seed=1), [2, 2])
+    for name in ("entropy_now", "entropy_root", "value"):
+        inputs[name].requires_grad_()
+    for backend in ("cpu", "reference"):
+        score, _ = ops.branch_scores(**inputs, policy="appo", backend=backend)
+        assert not score.requires_grad
 
 
 def changed(**values):

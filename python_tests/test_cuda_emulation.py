@@ -7,6 +7,7 @@ import types
 import cuda_emulation
 import pytest
 import test_branch_points
+import test_branch_tokens
 import test_group_advantages
 import test_logprob_entropy
 import torch
@@ -73,6 +74,7 @@ def gpu_tests_of(module, *, leave_out=()):
 
 TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_rows_are_named", "test_opcheck"})
 TestBranchPoints = gpu_tests_of(test_branch_points)
+TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
 
 

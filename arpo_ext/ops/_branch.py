@@ -73,7 +73,9 @@ def checked_call(op: str, *arguments: Tensor | float | str | None) -> BranchCall
     if not -(2**63) <= call.seed < 2**63:
         raise ValueError(f"{op}: got seed {call.seed}; expected a signed 64-bit number")
     numbers = {name: float(getattr(call, name)) for name in ("base", "weight", "threshold", "penalty")}
-    return call._replace(policy=POLICIES[policy], **numbers)
+    value = None if call.value is None else call.value.detach()
+    detached = {"entropy_now": call.entropy_now.detach(), "entropy_root": call.entropy_root.detach(), "value": value}
+    return call._replace(policy=POLICIES[policy], **numbers, **detached)
 
 
 def check_vector(

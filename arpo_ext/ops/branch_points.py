@@ -82,8 +82,8 @@ def branch_points(
     streak, siblings: [L] int32; value: [L] float32. None unless the policy reads it.
     base, weight, threshold, penalty are rounded to float32. width: children per wish, at least 0. seed: 64-bit, signed.
 
-    ValueError: shape, dtype, device, policy or (on the CPU) a tree index is wrong. On a GPU a path whose tree index is
-    out of range gets no children. BackendError: the backend named cannot serve.
+    No gradient flows through. ValueError: shape, dtype, device, policy or (on the CPU) a tree index is wrong. On a GPU
+    a path whose tree index is out of range gets no children. BackendError: the backend named cannot serve.
     """
     arguments = (entropy_now, entropy_root, tree, room, key, turn, streak, siblings, value)
     call = checked_call("branch_points", *arguments, policy, base, weight, threshold, penalty, width, seed)
