@@ -88,6 +88,7 @@ void bind_machine(py::module_& m) {
     m.def("build_info", &build_info);
     m.def("instruction_sets", &instruction_sets);
     m.def("cuda_unusable", &cuda_unusable);
+    m.def("prefer_huge_pages", [](Address start, std::int64_t bytes) { prefer_huge_pages(at<void>(start), bytes); });
     py::dict dtypes;
     dtypes["float32"] = static_cast<int>(Dtype::float32);
     dtypes["bfloat16"] = static_cast<int>(Dtype::bfloat16);

@@ -11,6 +11,7 @@ namespace ARPO_ISA {
 namespace {
 
 constexpr std::int64_t kStreamBytes = 32 << 20;  // gradients larger than the caches bypass them
+constexpr std::int64_t kRunBytes = 8 << 20;
 
 void write_row(const LogprobEntropyForward& args, std::int64_t row, float max, double log1p_s, double mean_z,
                double logprob) {
@@ -75,80 +76,127 @@ void set_element(T* x, double value) {
     *x = values[0];
 }
 
-// gradient = e^z * (constant + slope * (x - max)) for every element; the label's own term comes on top.
-template <bool kStream, class T>
-void write_gradient(const T* x, T* gradient, std::int64_t size, const Exp& exp, float max, float constant,
-                    float slope) {
-    const F32x16 maximum = F32x16::set(max), c = F32x16::set(constant), k = F32x16::set(slope);
-    const auto step = [&](const T* from, T* to, auto write) {
-        F32x16 x0, x1;
-        load2(from, x0, x1);
-        const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
-        write(to, exp(d0) * fma(k, d0, c), exp(d1) * fma(k, d1, c));
-    };
-    const auto store = [](T* to, F32x16 a, F32x16 b) { store2(to, a, b); };
-    const auto stream = [](T* to, F32x16 a, F32x16 b) { stream2(to, a, b); };
-    std::int64_t i = 0;
-    for (; i + kStep <= size; i += kStep) {
-        if (kStream) {
-            step(x + i, gradient + i, stream);
-        } else {
-            step(x + i, gradient + i, store);
-        }
-    }
-    if (i < size) {
-        Padded<T> tail(x + i, size - i);
-        step(tail.values, tail.values, store);
-        std::memcpy(gradient + i, tail.values, (size - i) * sizeof(T));
-    }
-}
+// What the gradient of a row takes: e^z * (constant + slope * (x - max)) for every element, except the label's.
+struct RowGradient {
+    double temperature;
+    float max, constant, slope;
+    double at_label;
+    std::int64_t column;  // of the label; -1: none, or in another shard
+};
 
+// The label's logit is read here, before the gradient takes its place.
 template <class T>
-void backward_row(const LogprobEntropyBackward& args, std::int64_t row, bool stream) {
+RowGradient row_gradient(const LogprobEntropyBackward& args, std::int64_t row) {
     const LogitInputs& in = args.in;
-    const std::int64_t rows = in.shape.rows, vocab = in.shape.vocab;
-    T* gradient = static_cast<T*>(args.grad_logits) + args.grad_shape.offset(row);
-    if (skipped(in, row)) {
-        std::memset(gradient, 0, vocab * sizeof(T));
-        return;
-    }
-    const T* x = static_cast<const T*>(in.logits) + in.shape.offset(row);
+    const std::int64_t rows = in.shape.rows;
     const double max = args.stats[row], log1p_s = args.stats[rows + row], mean_z = args.stats[2 * rows + row];
     const bool label = has_label(in, row);
     const double up_logprob = label && args.grad_logprob ? args.grad_logprob[row] : 0;
     const double up_entropy = args.grad_entropy ? args.grad_entropy[row] : 0;
-    const double temperature = temperature_of(in, row);
-    const std::int64_t column = label ? label_column(in, row) : -1;
-    double at_label = 0;
-    if (column >= 0) {
-        // Read before the row is written: the gradient may take the place of the logits.
-        const double z = (static_cast<double>(element(x + column)) - max) / temperature;
+    RowGradient g;
+    g.temperature = temperature_of(in, row);
+    const double scale = std::exp(-log1p_s) / g.temperature;
+    g.max = static_cast<float>(max);
+    g.constant = static_cast<float>(scale * (up_entropy * mean_z - up_logprob));
+    g.slope = static_cast<float>(-scale * up_entropy / g.temperature);
+    g.column = label ? label_column(in, row) : -1;
+    g.at_label = 0;
+    if (g.column >= 0) {
+        const T* x = static_cast<const T*>(in.logits) + in.shape.offset(row);
+        const double z = (static_cast<double>(element(x + g.column)) - max) / g.temperature;
         const double p = std::exp(z - log1p_s);
-        at_label = -up_logprob * std::expm1(z - log1p_s) - (p > 0 ? up_entropy * p * (z - mean_z) : 0);
+        const double of_entropy = p > 0 ? up_entropy * p * (z - mean_z) : 0;
+        g.at_label = (-up_logprob * std::expm1(z - log1p_s) - of_entropy) / g.temperature;
     }
-    const double scale = std::exp(-log1p_s) / temperature;
-    const float constant = static_cast<float>(scale * (up_entropy * mean_z - up_logprob));
-    const float slope = static_cast<float>(-scale * up_entropy / temperature);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(gradient) % 64 == 0;
-    const Exp exp(temperature);
-    if (stream && aligned) {
-        write_gradient<true>(x, gradient, vocab, exp, static_cast<float>(max), constant, slope);
+    return g;
+}
+
+template <class T>
+void write_gradient(const T* x, T* gradient, std::int64_t size, const RowGradient& g, bool stream) {
+    const Exp exp(g.temperature);
+    const F32x16 maximum = F32x16::set(g.max), constant = F32x16::set(g.constant), slope = F32x16::set(g.slope);
+    const auto step = [&](const T* from, T* to, auto write) {
+        F32x16 x0, x1;
+        load2(from, x0, x1);
+        const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
+        write(to, exp(d0) * fma(slope, d0, constant), exp(d1) * fma(slope, d1, constant));
+    };
+    const auto store = [](T* to, F32x16 a, F32x16 b) { store2(to, a, b); };
+    const auto past_caches = [](T* to, F32x16 a, F32x16 b) { stream2(to, a, b); };
+    const auto few = [&](std::int64_t begin, std::int64_t end) {
+        Padded<T> padded(x + begin, end - begin);
+        step(padded.values, padded.values, store);
+        std::memcpy(gradient + begin, padded.values, (end - begin) * sizeof(T));
+    };
+    std::int64_t i = 0;
+    if (stream) {
+        i = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(gradient) % 64 / sizeof(T));
+        i = i < size ? i : size;
+        if (i > 0) few(0, i);
+        for (; i + kStep <= size; i += kStep) step(x + i, gradient + i, past_caches);
     } else {
-        write_gradient<false>(x, gradient, vocab, exp, static_cast<float>(max), constant, slope);
+        for (; i + kStep <= size; i += kStep) step(x + i, gradient + i, store);
     }
-    if (column >= 0) set_element(gradient + column, at_label / temperature);
+    if (i < size) few(i, size);
+}
+
+// Columns begin to begin + size of a row's gradient.
+template <class T>
+void backward_range(const LogprobEntropyBackward& args, std::int64_t row, const RowGradient& g, std::int64_t begin,
+                    std::int64_t size, bool stream) {
+    T* gradient = static_cast<T*>(args.grad_logits) + args.grad_shape.offset(row) + begin;
+    if (skipped(args.in, row)) {
+        std::memset(gradient, 0, size * sizeof(T));
+        return;
+    }
+    write_gradient(static_cast<const T*>(args.in.logits) + args.in.shape.offset(row) + begin, gradient, size, g,
+                   stream);
+    const std::int64_t label = g.column - begin;
+    if (g.column >= 0 && label >= 0 && label < size) set_element(gradient + label, g.at_label);
+}
+
+// Few rows: threads share each row, in pieces of equal length.
+template <class T>
+void backward_pieces(const LogprobEntropyBackward& args, int threads, bool stream) {
+    const LogitRows& shape = args.in.shape;
+    const std::int64_t pieces = threads;
+    const std::int64_t length = (shape.vocab + pieces * kStep - 1) / (pieces * kStep) * kStep;
+    RowGradient rows[kMaxPieces];
+    for (std::int64_t row = 0; row < shape.rows; ++row) {
+        if (!skipped(args.in, row)) rows[row] = row_gradient<T>(args, row);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (std::int64_t item = 0; item < shape.rows * pieces; ++item) {
+            const std::int64_t row = item / pieces, begin = item % pieces * length;
+            const std::int64_t rest = shape.vocab - begin;
+            if (rest > 0) backward_range<T>(args, row, rows[row], begin, rest < length ? rest : length, stream);
+        }
+        stream_fence();
+    }
 }
 
 template <class T>
 void backward(const LogprobEntropyBackward& args) {
     const LogitRows& shape = args.in.shape;
     const int threads = useful_threads(args.in, args.threads);
-    const std::int64_t bytes = shape.rows * shape.vocab * static_cast<std::int64_t>(sizeof(T));
-    const bool stream = args.grad_logits != args.in.logits && bytes >= kStreamBytes;
+    const std::int64_t row_bytes = shape.vocab * static_cast<std::int64_t>(sizeof(T));
+    const bool stream = args.grad_logits != args.in.logits && shape.rows * row_bytes >= kStreamBytes;
+    if (threads > 1 && shape.rows < 2 * threads && shape.rows * threads <= kMaxPieces) {
+        return backward_pieces<T>(args, threads, stream);
+    }
+    // Runs of rows: two threads that first touch the same huge page would both clear it.
+    std::int64_t run = shape.rows / (4 * threads);
+    run = run * row_bytes > kRunBytes ? kRunBytes / row_bytes : run;
+    run = run < 1 ? 1 : run;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic)
-        for (std::int64_t row = 0; row < shape.rows; ++row) backward_row<T>(args, row, stream);
+#pragma omp for schedule(dynamic, run)
+        for (std::int64_t row = 0; row < shape.rows; ++row) {
+            const RowGradient g = skipped(args.in, row) ? RowGradient{} : row_gradient<T>(args, row);
+            backward_range<T>(args, row, g, 0, shape.vocab, stream);
+        }
         stream_fence();
     }
 }

@@ -1,8 +1,5 @@
 // F32x16 in two 256-bit registers (AVX2, FMA, F16C). Included by vec.h, inside the namespace.
 
-// Whether fma and fms round once.
-constexpr bool kFused = true;
-
 struct F32x16 {
     __m256 lo, hi;
     static F32x16 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -44,6 +41,14 @@ inline __m256 shift_to_exponent(__m256 a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
 inline F32x16 shift_to_exponent(F32x16 a) { return {shift_to_exponent(a.lo), shift_to_exponent(a.hi)}; }
+
+// 2^(k/8 - 127) for an integer 0 <= k < 2040 in the low bits; the table holds what 2^(j/8) has above the line 1 + j/8.
+inline __m256 power_of_eighths(__m256 k) {
+    const __m256i table = _mm256_setr_epi32(0, -289342, -509968, -655657, -719629, -694486, -572163, -343865);
+    const __m256i bits = _mm256_castps_si256(k);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 20), _mm256_permutevar8x32_epi32(table, bits)));
+}
+inline F32x16 power_of_eighths(F32x16 k) { return {power_of_eighths(k.lo), power_of_eighths(k.hi)}; }
 
 inline float sum(F32x16 a) {
     const __m256 eight = _mm256_add_ps(a.lo, a.hi);

@@ -1,8 +1,5 @@
 // F32x16 in one 512-bit register. Included by vec.h, inside the namespace.
 
-// Whether fma and fms round once.
-constexpr bool kFused = true;
-
 struct F32x16 {
     __m512 v;
     static F32x16 set(float x) { return {_mm512_set1_ps(x)}; }
@@ -28,6 +25,14 @@ inline F32x16 keep(Mask16 m, F32x16 a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
 
 inline F32x16 shift_to_exponent(F32x16 a) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+
+// 2^(k/8 - 127) for an integer 0 <= k < 2040 in the low bits; the table holds what 2^(j/8) has above the line 1 + j/8.
+inline F32x16 power_of_eighths(F32x16 k) {
+    const __m512i table = _mm512_broadcast_i32x8(_mm256_setr_epi32(
+        0, -289342, -509968, -655657, -719629, -694486, -572163, -343865));
+    const __m512i bits = _mm512_castps_si512(k.v);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 20), _mm512_permutexvar_epi32(bits, table)))};
 }
 
 inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }

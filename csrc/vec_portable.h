@@ -5,9 +5,6 @@ typedef float F4 __attribute__((vector_size(16)));
 typedef std::int32_t I4 __attribute__((vector_size(16)));
 typedef std::uint32_t U4 __attribute__((vector_size(16)));
 
-// Whether fma and fms round once.
-constexpr bool kFused = false;
-
 struct F32x16 {
     F4 part[4];
     static F32x16 set(float x) {

@@ -276,32 +276,6 @@ def test_columns_apart_are_refused_by_name_and_served_by_the_reference():
     torch.testing.assert_close(ops.entropy(logits), ops.entropy(logits.contiguous()))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 2, 40])
-def test_threads_share_rows_and_pieces_of_rows(rows, threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    logits = random_logits(rows, 100_003)
-    logits[0, 30_000:70_000] = -INF
-    logits[-1, :60_000] -= 5000
-    labels = random_labels(logits)
-    for ours, exact in zip(ops.logprob_entropy(logits, labels), oracle(logits, labels), strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=3e-7, atol=1e-6)
-    logits[0, 99_999] = math.nan
-    assert ops.entropy(logits).isnan().nonzero().flatten().tolist() == [0]
-
-
-def test_large_gradients_bypass_the_cache_unchanged():
-    # Above 32 MiB rows are written past the cache where they start at 64 bytes, which every 16th does here.
-    leaf = random_logits(256, 33_001).requires_grad_()
-    entropy = ops.entropy(leaf)
-    (gradient,) = torch.autograd.grad(entropy.sum(), leaf)
-    rows = [0, 15, 16, 255]
-    part = leaf.detach()[rows].requires_grad_()
-    (expected,) = torch.autograd.grad(ops.entropy(part).sum(), part)
-    assert torch.equal(gradient[rows], expected)
-    assert gradient.isfinite().all()
-
-
 @pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7)])
 def test_no_rows(backend, shape):
     leaf = torch.empty(shape, device=device_of(backend)).requires_grad_()

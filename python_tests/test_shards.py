@@ -22,10 +22,7 @@ def shards(logits, labels, cuts, *, mask=None, temperature=1.0, ignore_index=-10
     edges = [0, *cuts, logits.shape[-1]]
     given = torch.is_tensor(temperature)
     options = (labels, mask, temperature if given else None, 1.0 if given else temperature, ignore_index)
-    return [
-        LogitsCall(logits[..., begin:end], *options, begin, logits.shape[-1])
-        for begin, end in pairwise(edges)
-    ]
+    return [LogitsCall(logits[..., begin:end], *options, begin, logits.shape[-1]) for begin, end in pairwise(edges)]
 
 
 def forward(calls, backend):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops._dispatch import choose
-from arpo_ext.ops._logits import LogitsCall, checked_call, result_dtype
+from arpo_ext.ops._logits import LogitsCall, checked_call, empty_gradient, result_dtype
 from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
 from arpo_ext.ops._logprob_entropy_parallel import over_ranks
 from arpo_ext.ops._vocab_parallel import shard_of
@@ -219,7 +219,7 @@ def _shard_call(inputs: tuple[Any, ...], vocab_start: int = 0, vocab_total: int 
 def _backward(*args):
     inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
     call = _shard_call(inputs, *shard)
-    out = call.logits.new_empty(call.logits.shape)
+    out = empty_gradient(call.logits)
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
     return out
 

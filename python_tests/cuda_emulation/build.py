@@ -123,7 +123,7 @@ def _commands(sources: Path, sanitize: bool) -> dict[str, list[str]]:
         path.stem: [*common, *DEFINES, "-O1", *watch, f"-I{CSRC}", *own, "-xc++", str(path)]
         for path in sorted(sources.glob("*.cu"))
     }
-    for path in [*CSRC.glob("*_cpu.cpp"), CSRC / "isa.cpp"]:
+    for path in sorted(set(CSRC.glob("*.cpp")) - {CSRC / "bindings.cpp"}):
         commands[path.stem] = [*common, *DEFINES, "-O1", f"-I{CSRC}", str(path)]
     commands["bindings"] = [*common, *DEFINES, "-O0", f"-I{CSRC}", *python, str(CSRC / "bindings.cpp")]
     for name in ("scheduler", "memory"):

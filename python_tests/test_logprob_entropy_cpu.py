@@ -1,0 +1,142 @@
+"""How the CPU kernels work: their exponential, threads that share rows, gradients past the caches, huge pages."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arpo_ext import ops
+from arpo_ext.ops import _native
+from arpo_ext.ops._logits import LogitsCall
+from arpo_ext.ops._shards import new_running, shard_forward
+
+INF = math.inf
+USABLE = ops.available_backends()
+INSTRUCTION_SETS = [name for name in ("cpu-avx512", "cpu-avx2", "cpu-portable") if USABLE.get(name) is None]
+
+pytestmark = pytest.mark.skipif(_native.C is None, reason=str(_native.C_MISSING))
+
+
+def random_logits(*shape, scale=3.0, seed=0, dtype=torch.float32):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def gradient_of(leaf, labels, inplace=False, **options):
+    leaf = leaf.detach().requires_grad_()
+    logits = leaf * 1 if inplace else leaf
+    logprob, entropy = ops.logprob_entropy(logits, labels, inplace_backward=inplace, **options)
+    return torch.autograd.grad(logprob.sum() - 0.3 * entropy.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 37.0, 1e-3])
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+def test_the_exponential_keeps_the_error_bound_it_states(backend, temperature):
+    generator = torch.Generator().manual_seed(1)
+    d = torch.cat((torch.rand(200_000, generator=generator) * 87.3, torch.rand(200_000, generator=generator) * 2))
+    logits = torch.stack((torch.zeros_like(d), -d * temperature), -1)
+    running = new_running(logits)
+    shard_forward(LogitsCall(logits, None, None, None, temperature, -100), running, backend)
+    exact = torch.exp(logits[:, 1].double() / temperature)  # the sum s of such a row is one exponential
+    assert ((running[:, 1] - exact).abs() / exact).max() < 1.35e-7
+
+
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+def test_the_exponential_fades_to_zero_and_never_below(backend):
+    d = torch.linspace(87.3, 88.3, 1001)
+    logits = torch.stack((torch.zeros_like(d), -d), -1)
+    running = new_running(logits)
+    shard_forward(LogitsCall(logits, None, None, None, 1.0, -100), running, backend)
+    assert (running[:, 1] >= 0).all()
+    assert (running[:, 1] <= 1.01 * torch.exp(-d.double())).all()
+    assert running[d > 127.01 * math.log(2), 1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_threads_share_rows_and_pieces_of_rows(backend, rows, threads, monkeypatch):
+    logits = random_logits(rows, 100_003)
+    logits[0, 30_000:70_000] = -INF
+    logits[-1, :60_000] -= 5000
+    labels = torch.linspace(0, 100_002, rows).long()
+    log_p = logits.double().log_softmax(-1)
+    exact_entropy = -torch.where(log_p > -INF, log_p.exp() * log_p, 0).sum(-1)
+    expected_gradient = gradient_of(logits, labels, backend=backend)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    logprob, entropy = ops.logprob_entropy(logits, labels, backend=backend)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(logprob.double(), log_p.gather(-1, labels[:, None])[:, 0], rtol=3e-7, atol=1e-6)
+    for inplace in (False, True):
+        gradient = gradient_of(logits, labels, inplace, backend=backend)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=3e-6, atol=1e-9)
+    logits[0, 99_999] = math.nan
+    assert ops.entropy(logits, backend=backend).isnan().nonzero().flatten().tolist() == [0]
+
+
+def test_masked_rows_among_shared_ones(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    logits = random_logits(2, 100_003)
+    logits[1] = math.nan
+    gradient = gradient_of(logits, torch.tensor([100_002, 0]), mask=torch.tensor([True, False]))
+    assert gradient[0].isfinite().all()
+    assert gradient[0, 100_002] > 0
+    assert gradient[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+def test_large_gradients_bypass_the_cache_unchanged(backend, dtype):
+    # Above 32 MiB rows are written past the cache, from their first 64-byte boundary on; here each starts elsewhere.
+    vocab = 33_001
+    logits = random_logits(2**25 // dtype.itemsize // vocab + 9, vocab, dtype=dtype)
+    labels = torch.arange(len(logits)) % 40
+    gradient = gradient_of(logits, labels, backend=backend)
+    rows = [0, 1, 15, 16, len(logits) - 1]
+    assert torch.equal(gradient[rows], gradient_of(logits[rows], labels[rows], backend=backend))
+    assert gradient.isfinite().all()
+
+
+def test_large_gradients_are_written_in_huge_pages(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_native.C, "prefer_huge_pages", lambda *range_: asked.append(range_))
+    logits = random_logits(3, 1009)
+    gradient = gradient_of(logits, torch.tensor([0, 1, 2]))
+    assert asked == [(gradient.data_ptr(), gradient.nbytes)]
+    gradient_of(logits, torch.tensor([0, 1, 2]), inplace=True)
+    assert len(asked) == 1  # the caller's memory is left as it is
+
+
+def flags_of(address):
+    """The kernel's flags of the mapping that holds `address`."""
+    with open("/proc/self/smaps", "rb", buffering=0) as smaps:
+        # In small parts: a buffer that grows is a mapping that moves, in the middle of the list.
+        text = b"".join(iter(lambda: smaps.read(4096), b"")).decode()
+    inside = False
+    for line in text.splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="needs Linux with transparent huge pages",
+)
+def test_huge_pages_are_asked_for_inside_the_range_only():
+    torch.use_deterministic_algorithms(False)  # which fills new memory
+    mib = 2**20
+    whole = torch.empty(48 * mib, dtype=torch.uint8)
+    start, size = whole.data_ptr() + 8 * mib, 24 * mib
+    _native.C.prefer_huge_pages(start, size)
+    first, last = -(-start // (2 * mib)) * 2 * mib, (start + size) // (2 * mib) * 2 * mib
+    flagged = ["hg" in flags_of(address) for address in (first - 1, first, last - 1, last)]
+    assert flagged == [False, True, True, False]
+    _native.C.prefer_huge_pages(start + 16 * mib, 3 * mib)  # too little to be worth the call
+    _native.C.prefer_huge_pages(0, 0)
+    _native.C.prefer_huge_pages(1 << 61, 1 << 30)  # no such memory: refused by the system, ignored by us
