@@ -34,6 +34,8 @@ LAYERS = {
 
 # The library a single file may import where its layer may not.
 EXTRAS = {
+    "ops/_triton.py": {"triton"},
+    "ops/_triton_rows.py": {"triton"},
     "ops/logprob_entropy_triton.py": {"triton"},
     "tools/browser.py": {"httpcore", "httpx", "trafilatura"},
     "tools/web_page.py": {"httpcore", "trafilatura"},

@@ -7,6 +7,8 @@ refuse; a named backend that refuses raises `BackendError` with its reason.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from arpo_ext.ops import _native
 # longer names ask for one.
 ISA_BACKENDS = {"cpu-avx512": "avx512", "cpu-avx2": "avx2", "cpu-portable": "portable"}
 CPU_BACKENDS = {"cpu": "best", **ISA_BACKENDS}
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 class BackendError(RuntimeError):
@@ -67,10 +70,35 @@ def refuse_cuda(tensor: torch.Tensor) -> str | None:
     return reason
 
 
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors; Triton decides so when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
+
+
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot run on this machine; None if they can. Does not import triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not triton_interprets() and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def refuse_triton(tensor: torch.Tensor) -> str | None:
+    """Reason why Triton kernels cannot read `tensor`: no triton, other device, other dtype."""
+    reason = triton_missing()
+    devices = ("cpu", *TRITON_DEVICES) if triton_interprets() else TRITON_DEVICES
+    if reason is None and tensor.device.type not in devices:
+        reason = f"needs a tensor on {' or '.join(devices)}, got one on {tensor.device}"
+    if reason is None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"needs float32, bfloat16 or float16, got {tensor.dtype}"
+    return reason
+
+
 def available_backends() -> dict[str, str | None]:
     """Backend name -> None if this machine can run it, else the reason. `reference` is plain torch and always runs."""
     found = {name: _native.cpu_missing(isa) for name, isa in CPU_BACKENDS.items()}
-    return {**found, "cuda": _native.cuda_missing(), "reference": None}
+    return {**found, "cuda": _native.cuda_missing(), "triton": triton_missing(), "reference": None}
 
 
 def build_info() -> dict[str, str | None]:

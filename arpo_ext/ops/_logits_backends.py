@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import logprob_entropy_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cpu, refuse_cuda
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cpu, refuse_cuda, refuse_triton
 from arpo_ext.ops._logits import (
     LogitsCall,
     check_temperatures,
@@ -89,12 +89,23 @@ def _backward_cuda(
     )
 
 
+def _run_triton(pass_name: str, *args: object) -> None:
+    # Imported here: a machine without Triton imports this file too.
+    from arpo_ext.ops import logprob_entropy_triton
+
+    getattr(logprob_entropy_triton, pass_name)(*args)
+
+
 def _refuse_cpu(isa: str, call: LogitsCall, *_: object) -> str | None:
     return refuse_cpu(call.logits, isa) or refuse_layout(call)
 
 
 def _refuse_cuda(call: LogitsCall, *_: object) -> str | None:
     return refuse_cuda(call.logits) or refuse_layout(call)
+
+
+def _refuse_triton(call: LogitsCall, *_: object) -> str | None:
+    return refuse_triton(call.logits) or refuse_layout(call)
 
 
 def _forward_reference(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
@@ -126,15 +137,18 @@ def _serves(*_: object) -> None:
 FORWARD = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_forward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
     "cuda": Backend(_refuse_cuda, _forward_cuda),
+    "triton": Backend(_refuse_triton, partial(_run_triton, "forward")),
     "reference": Backend(_serves, _forward_reference),
 }
 SHARD_FORWARD = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_shard_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
     "cuda": Backend(_refuse_cuda, _shard_cuda),
+    "triton": Backend(_refuse_triton, partial(_run_triton, "shard_forward")),
     "reference": Backend(_serves, _shard_reference),
 }
 BACKWARD = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_backward_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
     "cuda": Backend(_refuse_cuda, _backward_cuda),
+    "triton": Backend(_refuse_triton, partial(_run_triton, "backward")),
     "reference": Backend(_serves, _backward_reference),
 }

@@ -56,7 +56,8 @@ def logprob_entropy(
         results are those of the whole rows, on every rank; the gradients that come back must be the same too.
     vocab_start, vocab_total: with a group whose ranks hold unequal parts, the number of the first column of this one,
         and of all columns (default: rank * V and ranks * V).
-    backend: "auto", "cpu", "cuda", "reference", or one instruction set: "cpu-avx512", "cpu-avx2", "cpu-portable".
+    backend: "auto", "cpu", "cuda", "triton", "reference", or one instruction set: "cpu-avx512", "cpu-avx2",
+        "cpu-portable".
 
     Both results: [...], float32 (float64 for float64 logits). A row that holds NaN or +inf, or only -inf, gives NaN in
     that row alone. A label on a logit of -inf gives -inf with a finite gradient.

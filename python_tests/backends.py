@@ -1,0 +1,29 @@
+"""Which backends a test of an op runs on, and where their tensors live.
+
+Triton decides when it is imported whether its kernels run on a GPU or in its interpreter, and other tests of the same
+process (vLLM's, inductor's) need the former: test_triton.py runs the op tests once more, interpreted, in a process of
+its own.
+"""
+
+import pytest
+
+from arpo_ext import ops
+from arpo_ext.ops._dispatch import triton_interprets as triton_interprets
+
+USABLE = ops.available_backends()
+ON_CPU = ["cpu-avx512", "cpu-avx2", "cpu-portable", "reference", *(["triton"] if triton_interprets() else [])]
+ON_GPU = ["cuda", *([] if triton_interprets() else ["triton"])]
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ON_GPU else "cpu"
+
+
+def everywhere(*only: str) -> list:
+    """Parameters for all backends, or for `only` those; one that cannot run here is skipped with the reason."""
+    on_cpu = [
+        pytest.param(name, marks=[] if USABLE[name] is None else pytest.mark.skip(reason=f"{name}: {USABLE[name]}"))
+        for name in ON_CPU
+    ]
+    found = [*on_cpu, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
+    return [param for param in found if not only or param.values[0] in only]

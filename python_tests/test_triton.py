@@ -1,0 +1,163 @@
+"""Triton without a GPU: the op tests interpreted, and every kernel compiled ahead of time for the GPUs it is for."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arpo_ext import ops
+from arpo_ext.ops import _dispatch
+
+triton = pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+# Large rows add nothing to what smaller ones show, and take the interpreter minutes.
+INTERPRETED = (
+    "triton and not 151936 and not 262144 and not large_tiles and not (strided and float16)"
+    " and not (spoils and (31- or 32- or 8192-))"
+)
+FILES = ["test_logprob_entropy.py", "test_shards.py", "test_triton_kernels.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
+def test_op_tests_pass_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", INTERPRETED, "-p", "no:cacheprovider"]
+    # The interpreter computes in numpy, which warns where infinities meet.
+    command += ["-W", "ignore::RuntimeWarning", *(str(HERE / name) for name in FILES)]
+    done = subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+
+
+def test_importing_the_ops_does_not_import_triton():
+    code = "import sys, arpo_ext.ops; from arpo_ext.ops import available_backends; available_backends()"
+    code += "; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=True)
+
+
+def test_a_machine_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
+    assert ops.available_backends()["triton"] == "triton is not installed"
+    with pytest.raises(ops.BackendError, match="backend 'triton' cannot serve this call: triton is not installed"):
+        ops.entropy(torch.zeros(1, 4), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or _dispatch.triton_interprets(), reason="can serve here")
+def test_a_machine_without_a_gpu_says_so():
+    with pytest.raises(ops.BackendError, match="there is no GPU that torch can use"):
+        ops.entropy(torch.zeros(1, 4), backend="triton")
+
+
+# Types of the kernels' arguments; "T" is the dtype of the logits. Anything else is a number of compile time.
+POINTERS = {"logits": "T", "out": "T", "labels": "i64", "mask": "i1", "counter": "i64", "running": "fp64"}
+POINTERS |= dict.fromkeys(
+    ("temperatures", "logprob", "entropy", "stats", "partials", "grad_logprob", "grad_entropy"), "fp32"
+)
+NUMBERS = dict.fromkeys(("temperature", "temperature_rest"), "fp32")
+NUMBERS |= dict.fromkeys(("vocab", "pieces", "length", "tiles", "temperature_stride"), "i32")
+STRIDES = ("inner", "outer_stride", "inner_stride", "to_inner", "to_outer_stride", "to_inner_stride")
+NUMBERS |= dict.fromkeys(("begin", "to_begin", "rows", "ignore_index", "vocab_start", "vocab_total", *STRIDES), "i64")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compiled(kernel, capability, dtype, constants, warps, absent=()):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {**constants, **dict.fromkeys(absent)}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in POINTERS:
+            signature[name] = "*" + POINTERS[name].replace("T", dtype)
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = NUMBERS[name]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
+    )
+
+
+def tool(name):
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not found.exists():
+        pytest.skip(f"this triton brings no {name}")
+    return str(found)
+
+
+def local_memory(binary, tmp_path):
+    """Bytes of stack and local memory a thread uses: what spilled."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return [int(found) for found in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+
+
+def wide(binary, what):
+    """How many 16-byte loads or stores of global memory the kernel has."""
+    return len(re.findall(rf"{what}\.global[\w.:]*\.v4\.b32", binary.asm["ptx"]))
+
+
+ARCHITECTURES = [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "bf16"), (90, "fp16"), (100, "fp32"), (100, "bf16")]
+
+
+@pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
+@pytest.mark.parametrize(("capability", "dtype"), ARCHITECTURES)
+def test_rows_compile_without_spills_and_with_16_byte_accesses(capability, dtype, tmp_path):
+    from arpo_ext.ops import logprob_entropy_triton as kernels
+
+    forward, backward = kernels._forward_tile(DTYPES[dtype]), kernels._backward_tile(DTYPES[dtype])
+    one_read = compiled(
+        kernels.forward_kernel, capability, dtype, forward, kernels._WARPS, ("partials", "running", "temperatures")
+    )
+    assert set(local_memory(one_read, tmp_path)) == {0}
+    assert wide(one_read, "ld") == 2 * kernels._PACKS_PER_THREAD  # before the loop and in it
+    gradient = compiled(kernels.backward_kernel, capability, dtype, backward, kernels._WARPS)
+    assert set(local_memory(gradient, tmp_path)) == {0}
+    assert (wide(gradient, "ld"), wide(gradient, "st")) == (kernels._PACKS_BACKWARD,) * 2
+    if capability == 90:
+        for absent in (("running",), ("partials",), ("labels", "counter", "logprob", "running", "partials", "mask")):
+            variant = compiled(kernels.forward_kernel, capability, dtype, forward, kernels._WARPS, absent)
+            assert set(local_memory(variant, tmp_path)) == {0}
+            assert wide(variant, "ld") == 2 * kernels._PACKS_PER_THREAD
+        for absent in (("running",), ("logprob", "entropy", "stats")):
+            merge = compiled(kernels.merge_kernel, capability, dtype, {"PIECES": 64}, 1, absent)
+            assert set(local_memory(merge, tmp_path)) == {0}
+
+
+@pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
+def test_no_value_of_a_number_makes_another_binary():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from arpo_ext.ops import logprob_entropy_triton as kernels
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for kernel in (kernels.forward_kernel, kernels.merge_kernel, kernels.backward_kernel):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        keys = set()
+        for integer, number in ((1, 1.0), (16, 0.7), (3, 1e-3), (2**31 - 1, 2.0)):
+            arguments = {
+                name: integer if NUMBERS[name][0] == "i" else number for name in kernel.arg_names if name in NUMBERS
+            }
+            rest = {name: None for name in kernel.arg_names if name not in NUMBERS}
+            keys.add(str(bind(**arguments, **rest)[1]))
+        assert len(keys) == 1, keys
