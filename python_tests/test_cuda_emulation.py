@@ -21,6 +21,14 @@ pytestmark = [
 SCHEDULES = [("forward", 132), ("reverse", 1), ("shuffled", 4)]
 
 
+# What stands here for the values of a parameter: a device that is there, and sizes that take no seconds.
+HERE = {"device": ["cpu"], "backend": ["cuda"]}
+HERE_SMALLER = {
+    ("leaves", "trees", "shuffled"): [(1, 1, True), (300, 1, True), (130, 9, False), (65, 40, True)],
+    ("count", "trees"): [(1, 1), (33, 2), (300, 31), (1100, 1), (300, 200)],
+}
+
+
 class Emulated:
     @pytest.fixture(autouse=True)
     def _emulation(self, request):
@@ -46,10 +54,9 @@ def without_a_gpu(function):
     )
     copy.__dict__.update(function.__dict__)
     copy.pytestmark = []
-    here = {"device": ["cpu"], "backend": ["cuda"]}
     for mark in getattr(function, "pytestmark", []):
-        if mark.name == "parametrize" and mark.args[0] in here and any(map(for_a_gpu, mark.args[1])):
-            mark = pytest.mark.parametrize(mark.args[0], here[mark.args[0]]).mark
+        if mark.name == "parametrize" and (mark.args[0] in HERE_SMALLER or any(map(for_a_gpu, mark.args[1]))):
+            mark = pytest.mark.parametrize(mark.args[0], {**HERE, **HERE_SMALLER}[mark.args[0]]).mark
         copy.pytestmark.append(mark)
     return copy
 
