@@ -8,6 +8,7 @@ import cuda_emulation
 import pytest
 import test_branch_points
 import test_branch_tokens
+import test_expand_advantages
 import test_group_advantages
 import test_logprob_entropy
 import torch
@@ -83,6 +84,7 @@ TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_r
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
+TestExpandAdvantages = gpu_tests_of(test_expand_advantages)
 
 
 FAULTS = [
