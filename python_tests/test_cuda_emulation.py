@@ -8,10 +8,12 @@ import cuda_emulation
 import pytest
 import test_branch_points
 import test_branch_tokens
-import test_expand_advantages
 import test_group_advantages
+import test_linear_logprob_entropy
 import test_logprob_entropy
 import torch
+
+from arpo_ext.ops import _linear_tiles
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulation.missing() is not None, reason=str(cuda_emulation.missing())),
@@ -20,14 +22,6 @@ pytestmark = [
 
 # Order of the threads, and multiprocessors of the device.
 SCHEDULES = [("forward", 132), ("reverse", 1), ("shuffled", 4)]
-
-
-# What stands here for the values of a parameter: a device that is there, and sizes that take no seconds.
-HERE = {"device": ["cpu"], "backend": ["cuda"]}
-HERE_SMALLER = {
-    ("leaves", "trees", "shuffled"): [(1, 1, True), (300, 1, True), (130, 9, False), (65, 40, True)],
-    ("count", "trees"): [(1, 1), (33, 2), (300, 31), (1100, 1), (300, 200)],
-}
 
 
 class Emulated:
@@ -55,9 +49,10 @@ def without_a_gpu(function):
     )
     copy.__dict__.update(function.__dict__)
     copy.pytestmark = []
+    here = {"device": ["cpu"], "backend": ["cuda"]}
     for mark in getattr(function, "pytestmark", []):
-        if mark.name == "parametrize" and (mark.args[0] in HERE_SMALLER or any(map(for_a_gpu, mark.args[1]))):
-            mark = pytest.mark.parametrize(mark.args[0], {**HERE, **HERE_SMALLER}[mark.args[0]]).mark
+        if mark.name == "parametrize" and mark.args[0] in here and any(map(for_a_gpu, mark.args[1])):
+            mark = pytest.mark.parametrize(mark.args[0], here[mark.args[0]]).mark
         copy.pytestmark.append(mark)
     return copy
 
@@ -84,7 +79,18 @@ TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_r
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
-TestExpandAdvantages = gpu_tests_of(test_expand_advantages)
+
+
+class TestLinearLogprobEntropy(gpu_tests_of(test_linear_logprob_entropy, leave_out={"test_opcheck"})):
+    """The path of the GPU: all rows pass through the products, whose low-precision form the CPU lacks."""
+
+    @pytest.fixture(autouse=True)
+    def _products(self, monkeypatch):
+        monkeypatch.setattr(_linear_tiles, "_multiply", test_linear_logprob_entropy.product_on_a_gpu)
+
+    @pytest.fixture
+    def small_tiles(self, monkeypatch):
+        test_linear_logprob_entropy.make_small_tiles(monkeypatch)
 
 
 FAULTS = [

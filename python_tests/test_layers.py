@@ -129,8 +129,8 @@ def ops() -> list[str]:
 WITHOUT_NATIVE = {"linear_logprob_entropy"}
 # policy_loss has no CUDA source yet: on the GPU its reference runs.
 WITHOUT_CUDA = {"policy_loss"}
-# Timed beside the op that it follows, or whose token-level form it is.
-BENCHED_WITH = {"branch_tokens": "branch_points", "expand_advantages": "group_advantages"}
+# The token-level form of branch_points is timed beside it.
+BENCHED_WITH = {"branch_tokens": "branch_points"}
 
 
 @pytest.mark.parametrize("op", ops())

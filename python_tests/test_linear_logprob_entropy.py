@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from backends import ON_CPU, device_of, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,7 @@ from arpo_ext.ops import _linear_tiles as tiles
 from benchmarks import _measure
 
 INF = math.inf
-USABLE = ops.available_backends()
-NAMES = [name for name in ("cpu-avx512", "cpu-avx2", "cpu-portable", "reference") if USABLE.get(name) is None]
-BACKENDS = [*NAMES, pytest.param("cuda", marks=pytest.mark.gpu)]
+USABLE = [name for name in ON_CPU if ops.available_backends()[name] is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,22 +26,30 @@ def _poison_new_tensors():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=everywhere())
 def backend(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     return request.param
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+def make_small_tiles(monkeypatch):
     """Several tiles of several sizes from operands of a test's size."""
     monkeypatch.setattr(tiles, "_tile_shape", lambda call, *, backward: (min(call.chunk_tokens or 4, 4), 7 - backward))
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    make_small_tiles(monkeypatch)
+
+
+def product_on_a_gpu(a, b, out, *, add=False):
+    """What `_multiply` does there: operands of low precision, sums and result in float32."""
+    product = a.float() @ b.float()
+    out.copy_(out + product if add else product)
+
+
 def operands(count, depth, vocab, *, dtype=torch.float32, backend="cpu", seed=0, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     hidden = torch.randn(count, depth, generator=generator)
     weight = torch.randn(vocab, depth, generator=generator) * scale / math.sqrt(depth)
     bias = torch.randn(vocab, generator=generator)
@@ -86,7 +93,11 @@ def weights_for(count, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (300, 16, 1031), (7, 33, 20_011)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (5, 3, 2), (300, 16, 1031), (7, 33, 20_011)],
+    ids=["one", "few", "large_tiles_of_rows", "large_tiles_of_columns"],
+)
 def test_error_is_no_larger_than_that_of_naive_torch(backend, dtype, shape):
     *tensors, labels = operands(*shape, dtype=dtype, backend=backend)
     upstream = weights_for(shape[0], labels.device)
@@ -129,7 +140,7 @@ def test_tiles_make_up_the_whole(backend, softcap, with_bias, chunk_tokens):
     softcap=st.sampled_from([None, 0.5, 30.0]),
     with_bias=st.booleans(),
     form=st.sampled_from(["number", "0-d", "per row"]),
-    backend=st.sampled_from(NAMES),
+    backend=st.sampled_from(USABLE),
 )
 def test_any_shape_tile_mask_and_temperature(data, count, depth, vocab, tile, dtype, softcap, with_bias, form, backend):
     hidden, weight, bias, labels = operands(count, depth, vocab, dtype=dtype, seed=data.draw(st.integers(0, 99)))
@@ -291,11 +302,7 @@ def test_equals_logprob_entropy_of_the_logits(backend):
 def test_tiles_of_low_precision_operands_with_a_float32_result(monkeypatch):
     """The products a GPU runs, their operands widened here: choice by dtype, accumulation, rounding at the end."""
 
-    def widened(out, a, b, *, add=False):
-        product = a.float() @ b.float()
-        out.copy_(out + product if add else product)
-
-    monkeypatch.setattr(tiles, "_multiply", lambda a, b, out, add=False: widened(out, a, b, add=add))
+    monkeypatch.setattr(tiles, "_multiply", product_on_a_gpu)
     monkeypatch.setattr(tiles, "_converts", lambda call: False)
     monkeypatch.setattr(tiles, "_tile_shape", lambda call, *, backward: (4, 7))
     *tensors, labels = operands(11, 5, 23, dtype=torch.bfloat16)

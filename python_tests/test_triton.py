@@ -20,7 +20,7 @@ INTERPRETED = (
     "triton and not 151936 and not 262144 and not large_tiles and not (strided and float16)"
     " and not (spoils and (31- or 32- or 8192-))"
 )
-FILES = ["test_logprob_entropy.py", "test_shards.py", "test_triton_kernels.py"]
+FILES = ["test_logprob_entropy.py", "test_linear_logprob_entropy.py", "test_shards.py", "test_triton_kernels.py"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arpo_ext.ops._logits import LogitsCall
+from arpo_ext.ops import _native
+from arpo_ext.ops._logits import LogitsCall, empty_gradient
 from arpo_ext.ops._shards import new_running, shard_backward, shard_forward
 
 # On the CPU a tile of 256 x 1536 float32 stays in the second-level caches; measured on two AVX-512 cores, D = 1024, the
@@ -70,13 +71,13 @@ class _Tile(NamedTuple):
 
 def _converts(call: LinearCall) -> bool:
     """Whether operands are widened tile by tile: the CPU has no product of low precision with a float32 result."""
-    return call.hidden.device.type == "cpu" and call.hidden.dtype != torch.float32
+    return _native.device_kind(call.hidden) == "cpu" and call.hidden.dtype != torch.float32
 
 
 def _tile_shape(call: LinearCall, *, backward: bool) -> tuple[int, int]:
     """(tokens, columns) of a tile."""
     depth = call.hidden.shape[1]
-    if call.hidden.device.type == "cpu":
+    if _native.device_kind(call.hidden) == "cpu":
         tokens, elements = call.chunk_tokens or _CPU_TOKENS, _CPU_ELEMENTS
         most = _CPU_COLUMNS
         if _converts(call):
@@ -140,7 +141,7 @@ def _skip_rows(call: LinearCall, wanted: Tensor | None) -> tuple[LinearCall, Ten
     """
     if wanted is None:
         return call, None
-    if call.hidden.device.type != "cpu":
+    if _native.device_kind(call.hidden) != "cpu":
         return call._replace(hidden=call.hidden.masked_fill(~wanted.unsqueeze(1), 0)), None
     kept = wanted.nonzero().squeeze(1)
     return (call, None) if len(kept) == len(wanted) else (_only(call, kept), kept)
@@ -176,7 +177,7 @@ class Wanted(NamedTuple):
 
 def _rows_with_gradient(call: LinearCall, upstream: Upstream) -> Tensor | None:
     """Rows the gradient depends on; None for all. On the CPU a row without upstream gradient costs no product."""
-    if call.hidden.device.type != "cpu":
+    if _native.device_kind(call.hidden) != "cpu":
         return call.mask
     wanted = torch.zeros(call.hidden.shape[0], dtype=torch.bool)
     if upstream.logprob is not None and call.labels is not None:
@@ -195,7 +196,7 @@ def gradients(
     if kept is not None:
         upstream = upstream.rows(kept)
     grad_hidden = call.hidden.new_empty(call.hidden.shape, dtype=torch.float32) if wanted.hidden else None
-    grad_weight = call.weight.new_empty(call.weight.shape) if wanted.weight else None
+    grad_weight = empty_gradient(call.weight) if wanted.weight else None
     grad_bias = None if call.bias is None or not wanted.bias else torch.zeros_like(call.bias, dtype=torch.float32)
     if len(call.hidden):
         _fill(backend, call, upstream, grad_hidden, grad_weight, grad_bias)
