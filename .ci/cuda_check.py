@@ -2,8 +2,9 @@
 
     cuda_check.py [--jobs N] [architecture ...]
 
-Fails where ptxas spills, where a kernel that streams tensors does not load 16 bytes at a time (its SASS has no vector
-load), or where no kernel of a name in STREAMING is found. Needs nvcc, and cuobjdump from the toolkit or from Triton.
+Fails where ptxas spills, where a kernel that streams tensors does not load or store 16 bytes at a time (its SASS has no
+such instruction), or where no kernel of a name in STREAMING is found. Needs nvcc, and cuobjdump from the toolkit or
+from Triton.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
@@ -23,8 +25,14 @@ ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 PTX = "120"  # what later GPUs compile from
-# Parts of the names of the kernels that read or write tensors of the size of the logits or the tokens.
-STREAMING = ("sum_rows", "sum_pieces", "backward_pieces")
+# The kernels that move tensors of the size of the logits or the tokens, as patterns of their mangled names, and what
+# must be 16 bytes wide there. Lb1E is the template argument true: with vectors, where the addresses allow them.
+STREAMING = {
+    r"sum_rows": ("LDG",),
+    r"sum_pieces": ("LDG",),
+    r"backward_pieces": ("LDG", "STG"),
+    r"expand_rows_kernelI\w+?Lb1E": ("STG",),
+}
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc'}")
 
 
@@ -55,40 +63,48 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def vector_loads(sass: str) -> dict[str, int]:
-    """Mangled kernel name -> number of loads from global memory of 16 bytes or more."""
-    loads: dict[str, int] = {}
+def wide_accesses(sass: str) -> dict[str, Counter[str]]:
+    """Mangled kernel name -> number of loads (LDG) and stores (STG) of 16 bytes or more in global memory."""
+    accesses: dict[str, Counter[str]] = {}
     name = ""
     for line in sass.splitlines():
         if header := re.match(r"\s*Function : (\S+)", line):
             name = header[1]
-            loads[name] = 0
-        elif name and re.search(r"\bLDG\S*\.(128|256)\b", line):
-            loads[name] += 1
-    return loads
+            accesses[name] = Counter()
+        elif found := re.search(r"\b(LDG|STG)\S*\.(?:128|256)\b", line):
+            accesses[name][found[1]] += 1
+    return accesses
 
 
-def scalar_streams(loads: dict[str, int], streaming: Iterable[str]) -> list[str]:
-    """Names of the streaming kernels without a vector load."""
-    return [name for name, count in loads.items() if count == 0 and any(part in name for part in streaming)]
+def narrow_streams(accesses: Mapping[str, Counter[str]], streaming: Mapping[str, Iterable[str]]) -> list[str]:
+    """ "kernel: instruction", where a streaming kernel has none of that width."""
+    return [
+        f"{name}: {instruction}"
+        for name, counts in accesses.items()
+        for pattern, instructions in streaming.items()
+        if re.search(pattern, name)
+        for instruction in instructions
+        if not counts[instruction]
+    ]
 
 
-def check(source: Path, architecture: str) -> tuple[str, dict[str, int]]:
-    """One line about the kernels of a source, and their vector loads."""
+def check(source: Path, architecture: str) -> tuple[str, list[str]]:
+    """One line about the kernels of a source, and their names."""
     cubin = OUTPUT / f"{source.stem}.sm_{architecture}.cubin"
     options = (f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v,-warn-spills,-Werror")
     report = run("nvcc", *FLAGS, *options, "-o", cubin, source).stderr
-    loads = vector_loads(run(cuobjdump(), "--dump-sass", cubin).stdout)
-    if scalar := scalar_streams(loads, STREAMING):
-        raise CheckError(f"{source.name} for sm_{architecture} loads less than 16 bytes at a time in {scalar}")
+    accesses = wide_accesses(run(cuobjdump(), "--dump-sass", cubin).stdout)
+    if narrow := narrow_streams(accesses, STREAMING):
+        raise CheckError(f"{source.name} for sm_{architecture}: no access of 16 bytes in {', '.join(narrow)}")
     registers = max((int(count) for count in re.findall(r"Used (\d+) registers", report)), default=0)
-    line = f"{source.name} sm_{architecture}: {len(loads)} kernels, at most {registers} registers, no spills"
-    return f"{line}, {sum(loads.values())} loads of 16 bytes", loads
+    total = sum(accesses.values(), Counter())
+    line = f"{source.name} sm_{architecture}: {len(accesses)} kernels, at most {registers} registers, no spills"
+    return f"{line}, {total['LDG']} loads and {total['STG']} stores of 16 bytes", list(accesses)
 
 
-def check_ptx(source: Path) -> tuple[str, dict[str, int]]:
+def check_ptx(source: Path) -> tuple[str, list[str]]:
     run("nvcc", *FLAGS, f"-arch=compute_{PTX}", "-ptx", "-o", OUTPUT / f"{source.stem}.compute_{PTX}.ptx", source)
-    return f"{source.name} compute_{PTX}: PTX", {}
+    return f"{source.name} compute_{PTX}: PTX", []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs = [pool.submit(check, s, a) for s in sources() for a in arguments.architectures or ARCHITECTURES]
             jobs += [pool.submit(check_ptx, s) for s in sources() if not arguments.architectures]
             for job in jobs:
-                line, loads = job.result()
+                line, kernels = job.result()
                 print(line, flush=True)
-                seen.update(loads)
-        if missing := [part for part in STREAMING if not any(part in name for name in seen)]:
+                seen.update(kernels)
+        if missing := [pattern for pattern in STREAMING if not any(re.search(pattern, name) for name in seen)]:
             raise CheckError(f"no kernel is named {', '.join(missing)}; STREAMING in {__file__} names those to look at")
     except CheckError as error:
         print(error, file=sys.stderr)

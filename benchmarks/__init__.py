@@ -14,6 +14,7 @@ BENCHES = (
     "branch_points",
     "branch_tokens",
     "group_advantages",
+    "expand_advantages",
     "policy_loss",
 )
 

@@ -47,20 +47,25 @@ SASS = """
         /*0010*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
 		Function : _ZN4arpo12merge_piecesIfEEv
         /*0010*/                   LDS.128 R4, [R2] ;
-		Function : _ZN4arpo10sum_piecesIfEEv
+		Function : _ZN4arpo15backward_piecesIfEEv
         /*0010*/                   LDG.E.ENL2.256.CONSTANT R4, R8, desc[UR4][R2.64] ;
+        /*0020*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;
 """
 
 
-def test_cuda_check_counts_vector_loads_by_kernel_and_names_streams_without(cuda_check):
-    loads = cuda_check.vector_loads(SASS)
-    assert list(loads.values()) == [1, 0, 0, 1]
-    assert cuda_check.scalar_streams(loads, ("sum_rows", "sum_pieces")) == ["_ZN4arpo8sum_rowsI6__halfEEv"]
+def test_cuda_check_counts_wide_accesses_by_kernel_and_names_streams_without(cuda_check):
+    accesses = cuda_check.wide_accesses(SASS)
+    assert [dict(counts) for counts in accesses.values()] == [{"LDG": 1}, {}, {}, {"LDG": 1, "STG": 1}]
+    streaming = {"sum_rows": ("LDG",), "backward_pieces": ("LDG", "STG")}
+    assert cuda_check.narrow_streams(accesses, streaming) == ["_ZN4arpo8sum_rowsI6__halfEEv: LDG"]
+    both = cuda_check.narrow_streams(accesses, {"sum_rowsIf": ("LDG", "STG")})
+    assert both == ["_ZN4arpo8sum_rowsIfEEv: STG"]
 
 
 def test_cuda_check_looks_at_kernels_that_exist(cuda_check):
     text = "".join(path.read_text("utf-8") for path in (ROOT / "csrc").glob("*.cu*"))
-    assert not [name for name in cuda_check.STREAMING if not re.search(rf"\b{name}\(", text)]
+    names = [re.match(r"[a-z_]+", pattern)[0] for pattern in cuda_check.STREAMING]
+    assert not [name for name in names if not re.search(rf"\b{name}\(", text)]
     assert {path.stem for path in cuda_check.sources()} >= {"logprob_entropy_cuda", "branch_points_cuda"}
 
 
