@@ -490,6 +490,16 @@ void bind_policy_loss(py::module_& m) {
         ARPO_CHECK(misplaced < 0, "policy_loss: got a segment or row out of range at token ", misplaced,
                    "; expected 0 to ", loss.groups.groups - 1);
     });
+#ifdef ARPO_HAVE_CUDA
+    m.def("policy_loss_workspace", &policy_loss_workspace);
+    m.def("policy_loss_cuda", [](const PolicyLoss& loss, Address value, Address sums, Address gradient,
+                                 Address entropy_gradient, Address workspace, int device, Address stream) {
+        const PolicyLossOutputs out{at<float>(value), at<double>(sums), at<float>(gradient),
+                                    at<float>(entropy_gradient)};
+        py::gil_scoped_release release;
+        policy_loss_cuda(loss, out, at<void>(workspace), device, at<void>(stream));
+    });
+#endif
 }
 
 }  // namespace

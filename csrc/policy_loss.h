@@ -101,4 +101,9 @@ struct PolicyLossOnCpu {
 
 ARPO_CPU_KERNEL(policy_loss_forward, PolicyLossOnCpu)
 
+// The same on a GPU, where an index out of range makes the loss NaN. The workspace, of policy_loss_workspace bytes and
+// 16-byte alignment, need not be initialised.
+std::int64_t policy_loss_workspace(const PolicyLoss& loss);
+void policy_loss_cuda(const PolicyLoss& loss, const PolicyLossOutputs& out, void* workspace, int device, void* stream);
+
 }  // namespace arpo

@@ -1,15 +1,19 @@
 """What the tests of the policy loss share: made-up tokens, and loss, gradients and sums written out in plain Python."""
 
+import inspect
 import math
 from collections import defaultdict
 
+import pytest
 import torch
 
 from arpo_ext import ops
 from arpo_ext.ops import _native
 from arpo_ext.ops._dispatch import CPU_BACKENDS
+from arpo_ext.ops._policy_loss import checked_call
 
-FAST = [name for name, isa in CPU_BACKENDS.items() if _native.cpu_missing(isa) is None]
+CPU = [name for name, isa in CPU_BACKENDS.items() if _native.cpu_missing(isa) is None]
+FAST = [*CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 CLIPS = [
     {},
@@ -22,6 +26,11 @@ CLIPS = [
     {"clip": "sapo"},
     {"clip": "sapo", "tau_positive": 2.0, "tau_negative": 0.7},
 ]
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ops.policy_loss).parameters.items()
+    if parameter.default is not parameter.empty and name != "backend"
+}
 # (ratio, ratio_gradient)
 RATIOS = [("token", "mean"), ("turn", "mean"), ("turn", "token"), ("sequence", "mean"), ("sequence", "token")]
 TERMS = [
@@ -33,6 +42,11 @@ TERMS = [
     {"kl": "k3", "kl_coef": 0.3, "entropy": True},
     {"entropy": True, "entropy_coef": 0.2, "importance": True},
 ]
+
+
+def checked(*tokens, normalizer, **arguments):
+    """The record of a call, as the op takes it."""
+    return checked_call(*tokens, normalizer, **{**DEFAULTS, **arguments})
 
 
 def made_tokens(count, seed=0, *, pair=False, spread=0.5, dtype=torch.float32):
@@ -82,8 +96,18 @@ def made_groups(count, ratio, seed=0, *, sizes=(1, 2, 7, 40), shuffle=False, dty
     return {"segment" if ratio == "turn" else "row": index.to(dtype), "groups": groups + 2}
 
 
+def device_of(backend):
+    """Where a backend's tensors live; emulated CUDA kernels take those of the CPU."""
+    return "cuda" if backend == "cuda" and _native.device_kind(torch.empty(0)) == "cpu" else "cpu"
+
+
 def run(tokens, backend="auto", **arguments):
     """Loss, gradient and sums of one call; with entropy_coef the gradient is that of (logprob, entropy), stacked."""
+    device = device_of(backend)
+    tokens = [tensor.to(device) for tensor in tokens]
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
     logprob = tokens[0].detach().clone().requires_grad_()
     inputs = [logprob]
     if "entropy_coef" in arguments:
@@ -91,7 +115,8 @@ def run(tokens, backend="auto", **arguments):
         inputs.append(arguments["entropy"])
     loss, sums = ops.policy_loss(logprob, *tokens[1:], backend=backend, **arguments)
     gradients = torch.autograd.grad(loss, inputs)
-    return loss.detach(), gradients[0] if len(gradients) == 1 else torch.stack(gradients), sums
+    gradient = gradients[0] if len(gradients) == 1 else torch.stack(gradients)
+    return loss.detach().cpu(), gradient.cpu(), ops.PolicyLossSums(*(value.cpu() for value in sums))
 
 
 def sides(r, logprob, *, clip="ppo", clip_low=0.2, clip_high=0.2, dual_clip=None, tau_positive=1.0, tau_negative=1.05):

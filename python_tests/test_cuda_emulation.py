@@ -11,6 +11,8 @@ import test_branch_tokens
 import test_group_advantages
 import test_linear_logprob_entropy
 import test_logprob_entropy
+import test_policy_loss
+import test_policy_loss_forms
 import torch
 
 from arpo_ext.ops import _linear_tiles
@@ -79,6 +81,8 @@ TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_r
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
+TestPolicyLoss = gpu_tests_of(test_policy_loss)
+TestPolicyLossForms = gpu_tests_of(test_policy_loss_forms)
 
 
 class TestLinearLogprobEntropy(gpu_tests_of(test_linear_logprob_entropy, leave_out={"test_opcheck"})):

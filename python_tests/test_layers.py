@@ -127,8 +127,6 @@ def ops() -> list[str]:
 
 # The matrix products are torch's, and what sums up their tiles is logprob_entropy's.
 WITHOUT_NATIVE = {"linear_logprob_entropy"}
-# policy_loss has no CUDA source yet: on the GPU its reference runs.
-WITHOUT_CUDA = {"policy_loss"}
 # The token-level form of branch_points is timed beside it.
 BENCHED_WITH = {"branch_tokens": "branch_points"}
 
@@ -139,8 +137,6 @@ def test_an_op_has_its_file_in_every_layer(op):
     if op in WITHOUT_NATIVE:
         assert not [name for name in native if (ROOT / name).exists()]
         native = []
-    elif op in WITHOUT_CUDA:
-        native.pop()
     expected = [
         *native,
         f"arpo_ext/ops/{op}.py",

@@ -1,15 +1,19 @@
 """Every ratio level, clip and extra term of the policy loss, against the definition and against peers' losses."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_cases import (
     CLIPS,
+    CPU,
     FAST,
     RATIOS,
     TERMS,
     assert_as_close_as_plain_torch,
+    checked,
     far_from_bounds,
     group_ratios,
     in_double,
@@ -19,6 +23,7 @@ from policy_loss_cases import (
     naive,
     run,
 )
+from torch._dynamo.testing import CompileCounter
 
 from arpo_ext import ops
 
@@ -168,6 +173,184 @@ def test_packed_paths_equal_the_flat_rows(backend, clip, seed):
             torch.testing.assert_close(value, expected, msg=name, **close)
 
 
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("ratio", ["turn", "sequence"])
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 200), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 99))
+def test_a_split_between_groups_gives_the_same_step(backend, ratio, count, cuts, seed):
+    tokens = made_tokens(count, seed=seed)
+    (name, index), (_, groups) = made_groups(count, ratio, seed, sizes=(3, 10)).items()
+    rule = {"normalizer": 50.0, "ratio": ratio, "groups": groups, "backend": backend}
+    loss, gradient, sums = run(tokens, **rule, **{name: index})
+    whole = torch.repeat_interleave(torch.arange(count), torch.tensor([3, 10]).repeat(count)[:count])[:count]
+    parts = [torch.isin(whole, torch.tensor(cuts, dtype=torch.int64))]
+    parts.append(~parts[0])
+    pieces = [run([t[part] for t in tokens], **rule, **{name: index[part]}) for part in parts if part.any()]
+    torch.testing.assert_close(sum(piece[0] for piece in pieces), loss, rtol=1e-5, atol=1e-6)
+    for part, piece in zip([part for part in parts if part.any()], pieces, strict=True):
+        torch.testing.assert_close(piece[1], gradient[part], rtol=1e-5, atol=1e-7)
+    for name, total, *shares in zip(sums._fields, sums, *(piece[2] for piece in pieces), strict=True):
+        joined = max(shares) if name.endswith("_max") else sum(shares)
+        torch.testing.assert_close(joined, total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("pair", [False, True])
+def test_unaligned_strided_and_expanded_inputs(backend, pair):
+    count = 333
+    tokens = [t.nan_to_num() for t in made_tokens(count, pair=pair)]
+    arguments = {"normalizer": 9.0, "ratio": "sequence"} | made_groups(count, "sequence")
+    terms = made_terms(tokens, {"kl": "k2", "kl_coef": 0.1, "entropy": True, "entropy_coef": 0.3})
+    expected = run(tokens, backend, **arguments, **terms)
+    shifted = [torch.cat([t[:1], t])[1:] for t in tokens]
+    strided = [torch.stack([t, t.flip(0)], dim=-1)[..., 0] for t in tokens]
+    assert shifted[0].data_ptr() % 16 != 0
+    for others in (shifted, strided):
+        for got, wanted in zip(run(others, backend, **arguments, **terms)[:2], expected[:2], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+    flat = [tokens[0], tokens[1], torch.ones(1).expand(count), torch.ones(1).expand(count)]
+    solid = [t.contiguous() for t in flat]
+    assert run(flat, backend, normalizer=1.0)[1].equal(run(solid, backend, normalizer=1.0)[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_many_blocks_of_tokens_and_leaves(backend):
+    tokens = made_tokens(40_000, seed=1)
+    arguments = {"normalizer": 9.0, "ratio": "turn", "clip": "gppo"} | made_groups(40_000, "turn", sizes=(300, 9000))
+    assert_as_close_as_plain_torch(tokens, backend, **arguments)
+    tree = made_tree(3, segments=70, leaves=300, dtype=torch.float32)
+    rule = {"normalizer": 5.0, "ratio": "sequence", **tree["packed"]}
+    expected = run([t.double() for t in tree["tokens"]], "reference", **in_double(rule))
+    for got, wanted in zip(run(tree["tokens"], backend, **rule)[:2], expected[:2], strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_equal_calls_give_equal_bits(backend, ratio):
+    tokens = made_tokens(5000, pair=True)
+    arguments = {"normalizer": 9.0, "ratio": ratio} | made_groups(5000, ratio, sizes=(700,), shuffle=True)
+    first, second = (run(tokens, backend, **arguments) for _ in range(2))
+    assert first[0].equal(second[0])
+    assert first[1].equal(second[1])
+    assert first[2] == second[2]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_numbers_may_be_tensors(backend):
+    tokens = made_tokens(300)
+    terms = made_terms(tokens, {"kl": "k3", "kl_coef": 0.3, "entropy": True, "entropy_coef": 0.2})
+    expected = run(tokens, backend, normalizer=7.0, **terms)
+    for dtype in (torch.float32, torch.float64):
+        numbers = {"kl_coef": torch.tensor(0.3, dtype=dtype), "entropy_coef": torch.tensor(0.2, dtype=dtype)}
+        got = run(tokens, backend, normalizer=torch.tensor(7.0, dtype=dtype), **{**terms, **numbers})
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("clip", ["ppo", "gppo", "cispo", "sapo"])
+@pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
+def test_nan_in_a_trained_token_shows(backend, clip, ratio):
+    for which in range(4):
+        tokens = [torch.rand(100) + 0.1 for _ in range(4)]
+        tokens[which][63] = math.nan
+        groups = {} if ratio == "token" else {"segment" if ratio == "turn" else "row": torch.arange(100) // 10}
+        loss, gradient, _ = run(tokens, backend, normalizer=1.0, clip=clip, ratio=ratio, **groups)
+        assert loss.isnan()
+        assert gradient[:60].isfinite().all()
+        assert gradient[70:].isfinite().all()
+
+
+def test_the_entropy_aware_advantage_is_the_callers_one_line():
+    """AEPO, equation of the advantage: A * (1 + a * z(H)), z with the statistics of the whole step."""
+    new, old, advantage, weight = (t.nan_to_num() for t in made_tokens(50, dtype=torch.float64))
+    entropy = torch.rand(50, dtype=torch.float64, requires_grad=True)
+    mean, std = entropy.mean().item(), entropy.std().item()
+    scaled = advantage * (1 + 0.2 * (entropy.detach() - mean) / std)
+    loss, _ = ops.policy_loss(new, old, scaled, weight, normalizer=1.0, clip="gppo", backend="reference")
+    r = (new - old).exp()
+    objective = torch.minimum(scaled * r, scaled * r.clamp(0.8, 1.2))
+    torch.testing.assert_close(loss, -(weight * objective).sum())
+
+
+OPCHECKED = [
+    {"clip": "gppo", "kl": "k3", "kl_coef": 0.1},
+    {"ratio": "turn", "ratio_gradient": "token", "clip": "cispo", "importance": True},
+    {"ratio": "sequence", "clip": "sapo", "entropy": True, "entropy_coef": torch.tensor(0.2)},
+]
+
+
+@pytest.mark.parametrize("arguments", OPCHECKED, ids=range(3))
+def test_the_registered_op_passes_opcheck(arguments):
+    tokens = [t.nan_to_num() for t in made_tokens(40)]
+    arguments = made_groups(40, arguments.get("ratio", "token")) | made_terms(tokens, arguments)
+    arguments = {
+        n: v.nan_to_num() if n in ("importance", "ref_logprob", "entropy") else v for n, v in arguments.items()
+    }
+    wants = "entropy" in arguments
+    if wants:
+        arguments["entropy"].requires_grad_()
+    call = checked(tokens[0].requires_grad_(), *tokens[1:], normalizer=5.0, **arguments)
+    torch.library.opcheck(torch.ops.arpo_ext.policy_loss.default, (*call, True, wants, "cpu"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("form", "clip"), [("token", "ppo"), ("turn", "gppo"), ("sequence", "cispo"), ("paths", "sapo")]
+)
+def test_it_compiles_into_one_graph(backend, form, clip):
+    tree = made_tree(1, dtype=torch.float32)
+    tokens, packed = tree["tokens"], tree["packed"]
+    arguments = {"ratio": "sequence", **packed} if form == "paths" else {"ratio": form}
+    if form != "paths":
+        tokens = (tokens[0], tokens[1], torch.randn(len(tokens[0])), tokens[3])
+        arguments |= {"token": {}, "turn": {"segment": packed["segment"]}, "sequence": {"row": packed["segment"]}}[form]
+    arguments |= {"clip": clip, "ref_logprob": tokens[1], "kl": "k3", "backend": backend}
+    entropy = torch.rand(len(tokens[0]), requires_grad=True)
+    logprob = tokens[0].clone().requires_grad_()
+
+    def step(logprob, entropy, normalizer, kl_coef, **rest):
+        loss, sums = ops.policy_loss(
+            logprob * 1.0,
+            *tokens[1:],
+            entropy=entropy,
+            entropy_coef=0.1,
+            normalizer=normalizer,
+            kl_coef=kl_coef,
+            **rest,
+        )
+        return loss, sums.kl_k1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for normalizer, kl_coef in ((2.0, 0.1), (3.0, 0.2)):
+        numbers = torch.tensor(normalizer), torch.tensor(kl_coef)
+        got = compiled(logprob, entropy, *numbers, **arguments)
+        expected = step(logprob, entropy, *numbers, **arguments)
+        torch.testing.assert_close(got, expected)
+        for one, other in zip(*(torch.autograd.grad(r[0], (logprob, entropy)) for r in (got, expected)), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_tensors_do_not_make_it_compile_again_and_every_clip_value_counts():
+    counter = CompileCounter()
+    logprob = torch.randn(20, requires_grad=True)
+
+    def step(logprob, normalizer, kl_coef, clip_high):
+        rest = {"ref_logprob": torch.zeros(20), "kl": "k3", "kl_coef": kl_coef, "clip_high": clip_high}
+        return ops.policy_loss(logprob, *[torch.ones(20)] * 3, normalizer=normalizer, **rest)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(4):
+        numbers = torch.tensor(i + 1.0), torch.tensor(0.1 * i)
+        torch.testing.assert_close(compiled(logprob, *numbers, 0.2), step(logprob, *numbers, 0.2))
+    assert counter.frame_count == 1
+    # torch takes a number for an op as a constant of the graph.
+    for clip_high in (0.0, 0.1, 0.3):
+        numbers = torch.tensor(2.0), torch.tensor(0.1), clip_high
+        torch.testing.assert_close(compiled(logprob, *numbers), step(logprob, *numbers))
+
+
 SMALL = {"row": torch.tensor([0, 0, 1]), "ratio": "sequence"}
 TREE = {
     "segment": torch.tensor([0, 1, 1]),
@@ -207,8 +390,7 @@ def test_wrong_arguments_are_named(arguments, message):
         ops.policy_loss(**{**inputs, "normalizer": 1.0, **arguments})
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
-@pytest.mark.parametrize(
+OUT_OF_RANGE = pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({**SMALL, "row": torch.tensor([0, 3, 1])}, "got a segment or row out of range at token 1; expected 0 to 2"),
@@ -221,6 +403,17 @@ def test_wrong_arguments_are_named(arguments, message):
         ({**TREE, "leaf_segment": torch.tensor([0, 2, 1])}, "got leaf_segment 2 at 1; expected 0 to 1"),
     ],
 )
+
+
+@pytest.mark.parametrize("backend", [*CPU, "reference"])
+@OUT_OF_RANGE
 def test_indices_out_of_range_are_named_on_the_cpu(backend, arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.policy_loss(*[torch.ones(3)] * 4, normalizer=1.0, backend=backend, **arguments)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@OUT_OF_RANGE
+def test_indices_out_of_range_elsewhere_make_the_loss_nan(backend, arguments, message):
+    loss, _, _ = run([torch.ones(3)] * 4, backend, normalizer=1.0, **arguments)
+    assert loss.isnan(), message

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import policy_loss_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cuda
 from arpo_ext.ops._policy_loss import SCHEMA, TENSORS, PolicyLossCall
 
 # Codes as in csrc/policy_loss.h.
@@ -36,7 +36,7 @@ def native_call(call: PolicyLossCall) -> tuple[object, list[Tensor | None]]:
     numbers = [call.normalizer, call.kl_coef, call.entropy_coef]
     for i, tensor in enumerate(kept[-3:]):
         # A number in the host's memory is read here; one on the device is read by the kernel.
-        if tensor is not None and tensor.device.type == "cpu":
+        if tensor is not None and _native.device_kind(tensor) == "cpu":
             numbers[i], kept[i - 3] = tensor.item(), None
         elif tensor is not None:
             kept[i - 3] = tensor.to(torch.float64)
@@ -65,9 +65,20 @@ def _launch_cpu(isa: str, call: PolicyLossCall, want_gradient: bool, want_entrop
     return results
 
 
+def _launch_cuda(call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: bool) -> Results:
+    results = _results(call, want_gradient, want_entropy_gradient)
+    native, kept = native_call(call)
+    workspace = call.logprob.new_empty(_native.C.policy_loss_workspace(native), dtype=torch.uint8)
+    outputs = [0 if tensor is None else tensor.data_ptr() for tensor in results]
+    _native.C.policy_loss_cuda(native, *outputs, workspace.data_ptr(), *_native.place(call.logprob))
+    del kept
+    return results
+
+
 # backend -> what computes it; the arguments are a call and which gradients are wanted
 LAUNCH: dict[str, Callable[[PolicyLossCall, bool, bool], Results]] = {
-    name: partial(_launch_cpu, isa) for name, isa in CPU_BACKENDS.items()
+    **{name: partial(_launch_cpu, isa) for name, isa in CPU_BACKENDS.items()},
+    "cuda": _launch_cuda,
 }
 
 
@@ -178,11 +189,17 @@ torch.library.register_autograd("arpo_ext::policy_loss", _op_backward, setup_con
 
 
 def _refuse_cpu(isa: str, call: PolicyLossCall) -> str | None:
-    if call.logprob.device.type != "cpu":
+    if _native.device_kind(call.logprob) != "cpu":
         return f"needs CPU tensors, got them on {call.logprob.device}"
     if call.logprob.dtype != torch.float32:
         return f"needs float32, got {call.logprob.dtype}"
     return _native.cpu_missing(isa)
+
+
+def _refuse_cuda(call: PolicyLossCall) -> str | None:
+    if call.logprob.dtype != torch.float32:
+        return f"needs float32, got {call.logprob.dtype}"
+    return refuse_cuda(call.logprob)
 
 
 def _check_indices(call: PolicyLossCall) -> None:
@@ -220,4 +237,5 @@ def _run_reference(call: PolicyLossCall) -> tuple[Tensor, Tensor]:
 
 
 BACKENDS = {name: Backend(partial(_refuse_cpu, isa), partial(_run_op, name)) for name, isa in CPU_BACKENDS.items()}
+BACKENDS["cuda"] = Backend(_refuse_cuda, partial(_run_op, "cuda"))
 BACKENDS["reference"] = Backend(lambda call: None, _run_reference)
