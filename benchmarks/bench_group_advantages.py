@@ -1,6 +1,7 @@
 """Group and tree advantages against the loops that trainers run today and against vectorised torch.
 
-Counted bytes: every input once and every result once. At these sizes time is mostly the cost of a call.
+Counted bytes: every input once and every result once. At these sizes time is mostly the cost of a call. Advantages by
+token, beside verl's, are in `bench_expand_advantages`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from . import _harness
 from ._harness import Case, Options, Provider
 
 _EPS = 1e-6
+
+Loop = Callable[..., Any]
 
 
 def dictionary_loop(reward: Tensor, tree: Tensor) -> Tensor:
@@ -50,7 +53,10 @@ def vectorised(reward: Tensor, tree: Tensor) -> Tensor:
 
 def tree_loop(reward: Tensor, tree: Tensor, parent: Tensor, leaf_segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every leaf walks to its root and adds itself to a list at each segment."""
-    leaf = dictionary_loop(reward, tree)
+    return _walked(dictionary_loop(reward, tree), parent, leaf_segment)
+
+
+def _walked(leaf: Tensor, parent: Tensor, leaf_segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     below = defaultdict(list)
     for i in range(len(leaf)):
         value, segment = leaf[i].item(), leaf_segment[i].item()
@@ -61,6 +67,15 @@ def tree_loop(reward: Tensor, tree: Tensor, parent: Tensor, leaf_segment: Tensor
     mean = torch.tensor([sum(row) / len(row) if row else 0.0 for row in rows])
     pair = torch.tensor([[sum(max(a, 0.0) for a in row), sum(min(a, 0.0) for a in row)] for row in rows])
     return leaf, mean, pair
+
+
+def tree_grpo_loop(
+    reward: Tensor, tree: Tensor, parent: Tensor, leaf_segment: Tensor, subgroup: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tree-GRPO's rule by two dictionaries, z by prompt and then z of that by tree; then as `tree_loop`."""
+    by_prompt = dictionary_loop(reward, tree)
+    leaf = dictionary_loop(by_prompt, tree * (int(subgroup.max()) + 1) + subgroup)
+    return _walked(leaf, parent, leaf_segment)
 
 
 def tree_vectorised(
@@ -104,23 +119,27 @@ def _distance(result: Any, expected: Sequence[Tensor]) -> float:
     return max(float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in pairs)
 
 
-def _case(shape: tuple[int, int], inputs: Sequence[Tensor], loop: Callable, vector: Callable) -> Case:
-    reward, tree, *segments = inputs
-    names = dict(zip(("parent", "leaf_segment"), segments, strict=False))
+def _leaf_case(estimator: str, inputs: Sequence[Tensor], group: int, loop: Loop, vector: Loop | None) -> Case:
+    """inputs: reward and tree, and for trees of segments parent and leaf_segment; for tree_grpo subgroup too."""
+    reward, tree, *more = inputs
+    names = dict(zip(("parent", "leaf_segment", "subgroup"), more, strict=False)) | {"estimator": estimator}
     exact = ops.group_advantages(reward.double(), tree, **names, backend="reference")
     expected = [tensor for tensor in exact if tensor is not None]
 
     def ours(backend: str) -> Callable[[], Callable[[], Any]]:
         return lambda: lambda: ops.group_advantages(reward, tree, **names, backend=backend)
 
+    columns = {"op": "group_advantages", "estimator": estimator, "L": len(reward), "group": group}
+    others = [Provider("torch vectorised", lambda: lambda: vector(*inputs))] if vector else []
+    if reward.device.type == "cpu" or len(reward) < 10_000:  # reading numbers off a GPU one by one takes minutes
+        others.append(Provider("Python loop", lambda: lambda: loop(*inputs)))
     return Case(
-        {"op": "group_advantages", "L": len(reward), "group": shape[1], "S": len(segments[0]) if segments else 0},
+        columns | {"S": len(more[0]) if more else 0},
         sum(t.numel() * t.element_size() for t in inputs) + 4 * sum(t.numel() for t in expected),
         [
             Provider("arpo-ext", ours("auto")),
             Provider("arpo-ext reference", ours("reference")),
-            Provider("torch vectorised", lambda: lambda: vector(*inputs)),
-            Provider("Python loop", lambda: lambda: loop(*inputs)),
+            *others,
         ],
         lambda result: _distance(result, expected),
         2e-5,
@@ -128,11 +147,17 @@ def _case(shape: tuple[int, int], inputs: Sequence[Tensor], loop: Callable, vect
 
 
 def cases(options: Options) -> Iterator[Case]:
+    device = options.device
     shapes = [(4, 8)] if options.smoke else [(64, 8), (512, 16), (4096, 16)]
     for shape in shapes:
-        yield _case(shape, made_trees(*shape, 0, options.device)[:2], dictionary_loop, vectorised)
+        yield _leaf_case("grpo", made_trees(*shape, 0, device)[:2], shape[1], dictionary_loop, vectorised)
     for shape in shapes[:2]:
-        yield _case(shape, made_trees(*shape, 3, options.device), tree_loop, tree_vectorised)
+        inputs = made_trees(*shape, 3, device)
+        yield _leaf_case("grpo", inputs, shape[1], tree_loop, tree_vectorised)
+        # Two trees a prompt.
+        reward, tree, parent, ends = inputs
+        inputs = (reward, tree // 2, parent, ends, tree % 2)
+        yield _leaf_case("tree_grpo", inputs, 2 * shape[1], tree_grpo_loop, None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

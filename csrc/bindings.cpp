@@ -12,6 +12,7 @@
 #include "branch_tokens.h"
 #include "check.h"
 #include "dtype.h"
+#include "expand_advantages.h"
 #include "group_advantages.h"
 #include "huge_pages.h"
 #include "isa.h"
@@ -392,6 +393,58 @@ Credit credit_of(int code, const SegmentTree& tree) {
     return credit;
 }
 
+ExpandRows expand_rows_call(Address leaf, Address mask, int mask_type, std::int64_t mask_stride, std::int64_t rows,
+                            std::int64_t columns, Address out, int threads) {
+    ARPO_CHECK(mask_type >= 0 && mask_type <= static_cast<int>(MaskType::float32),
+               "mask type code must be 0 to 3, got ", mask_type);
+    ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+    return {at<const float>(leaf), at<const void>(mask), static_cast<MaskType>(mask_type), mask_stride, rows, columns,
+            at<float>(out),        threads};
+}
+
+ExpandPacked expand_packed_call(Address leaf, Address length, std::int64_t leaves, std::int64_t total, Address out,
+                                int threads) {
+    const std::int64_t* lengths = at<const std::int64_t>(length);
+    std::int64_t sum = 0;
+    for (std::int64_t l = 0; l < leaves; ++l) {
+        ARPO_CHECK(lengths[l] >= 0, "expand_advantages: got length ", lengths[l], " of leaf ", l,
+                   "; expected at least 0");
+        sum += lengths[l];
+    }
+    ARPO_CHECK(sum == total, "expand_advantages: got total ", total, "; expected ", sum, ", the sum of the lengths");
+    ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+    return {at<const float>(leaf), lengths, leaves, total, at<float>(out), threads};
+}
+
+void bind_expand_advantages(py::module_& m) {
+    py::class_<ExpandRows>(m, "ExpandRows").def(py::init(&expand_rows_call));
+
+    m.def("expand_rows", [](int isa_code, const ExpandRows& args) {
+        const Isa isa = choose_isa(isa_code);
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, expand_rows, args);
+    });
+    m.def("expand_packed", [](int isa_code, Address leaf, Address length, std::int64_t leaves, std::int64_t total,
+                              Address out, int threads) {
+        const Isa isa = choose_isa(isa_code);
+        const ExpandPacked args = expand_packed_call(leaf, length, leaves, total, out, threads);
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, expand_packed, args);
+    });
+#ifdef ARPO_HAVE_CUDA
+    m.def("expand_rows_cuda", [](const ExpandRows& args, int device, Address stream) {
+        py::gil_scoped_release release;
+        expand_rows_cuda(args, device, at<void>(stream));
+    });
+    m.def("expand_packed_cuda", [](Address leaf, Address end, std::int64_t leaves, std::int64_t total, Address out,
+                                   int device, Address stream) {
+        py::gil_scoped_release release;
+        expand_packed_cuda(at<const float>(leaf), at<const std::int64_t>(end), leaves, total, at<float>(out), device,
+                           at<void>(stream));
+    });
+#endif
+}
+
 void bind_group_advantages(py::module_& m) {
     py::class_<GroupLeaves>(m, "GroupLeaves").def(py::init(&group_leaves));
     py::class_<SegmentTree>(m, "SegmentTree").def(py::init(&segment_tree));
@@ -511,5 +564,6 @@ PYBIND11_MODULE(_C, m) {
     arpo::bind_branch_points(m);
     arpo::bind_branch_tokens(m);
     arpo::bind_group_advantages(m);
+    arpo::bind_expand_advantages(m);
     arpo::bind_policy_loss(m);
 }

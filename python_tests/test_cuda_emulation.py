@@ -8,6 +8,7 @@ import cuda_emulation
 import pytest
 import test_branch_points
 import test_branch_tokens
+import test_expand_advantages
 import test_group_advantages
 import test_linear_logprob_entropy
 import test_logprob_entropy
@@ -24,6 +25,14 @@ pytestmark = [
 
 # Order of the threads, and multiprocessors of the device.
 SCHEDULES = [("forward", 132), ("reverse", 1), ("shuffled", 4)]
+
+
+# What stands here for the values of a parameter: a device that is there, and sizes that take no seconds.
+HERE = {"device": ["cpu"], "backend": ["cuda"]}
+HERE_SMALLER = {
+    ("leaves", "trees", "shuffled"): [(1, 1, True), (300, 1, True), (130, 9, False), (65, 40, True)],
+    ("count", "trees"): [(1, 1), (33, 2), (300, 31), (1100, 1), (300, 200)],
+}
 
 
 class Emulated:
@@ -51,10 +60,9 @@ def without_a_gpu(function):
     )
     copy.__dict__.update(function.__dict__)
     copy.pytestmark = []
-    here = {"device": ["cpu"], "backend": ["cuda"]}
     for mark in getattr(function, "pytestmark", []):
-        if mark.name == "parametrize" and mark.args[0] in here and any(map(for_a_gpu, mark.args[1])):
-            mark = pytest.mark.parametrize(mark.args[0], here[mark.args[0]]).mark
+        if mark.name == "parametrize" and (mark.args[0] in HERE_SMALLER or any(map(for_a_gpu, mark.args[1]))):
+            mark = pytest.mark.parametrize(mark.args[0], {**HERE, **HERE_SMALLER}[mark.args[0]]).mark
         copy.pytestmark.append(mark)
     return copy
 
@@ -81,6 +89,7 @@ TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_r
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
+TestExpandAdvantages = gpu_tests_of(test_expand_advantages)
 TestPolicyLoss = gpu_tests_of(test_policy_loss)
 TestPolicyLossForms = gpu_tests_of(test_policy_loss_forms)
 

@@ -49,17 +49,76 @@ def assert_follows_the_definition(estimator, backend, device, reward, tree, pare
     close(got.segment_pair, pair if pair else torch.empty(0, 2).tolist(), scale=max(reward.numel(), 1))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-# One group larger than a block, many small ones, ids with gaps, leaves of a tree together and scattered.
-@pytest.mark.parametrize(
-    ("leaves", "trees", "shuffled"), [(1, 1, True), (700, 1, True), (640, 40, False), (513, 400, True)]
-)
-def test_every_backend_follows_the_definition(device, estimator, leaves, trees, shuffled):
+def assert_every_backend_follows(device, estimator, leaves, trees, shuffled):
     reward, tree, parent, ends = made_forest(leaves, trees, seed=leaves, shuffled=shuffled)
     more = extras(leaves, parent.numel(), seed=leaves)
     for backend in ("auto", device, "reference"):
         assert_follows_the_definition(estimator, backend, device, reward, tree, parent, ends, more)
+
+
+# One group larger than a block, leaves of a tree together and scattered, ids with gaps.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    ("leaves", "trees", "shuffled"), [(1, 1, True), (270, 1, True), (60, 7, False), (40, 30, True)]
+)
+def test_every_backend_follows_the_definition(device, estimator, leaves, trees, shuffled):
+    assert_every_backend_follows(device, estimator, leaves, trees, shuffled)
+
+
+LARGE = [(5000, 1, True), (2000, 90, False), (900, 700, True)]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("leaves", "trees", "shuffled"), LARGE)
+def test_large_forests(estimator, leaves, trees, shuffled):
+    assert_every_backend_follows("cpu", estimator, leaves, trees, shuffled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("leaves", "trees", "shuffled"), LARGE)
+def test_large_forests_on_a_gpu(estimator, leaves, trees, shuffled):
+    assert_every_backend_follows("cuda", estimator, leaves, trees, shuffled)
+
+
+def interleaved_trees(segments, leaves):
+    """Two trees whose segments alternate, each too large for the GPU's shared memory from 1,030 segments on."""
+    generator = torch.Generator().manual_seed(segments)
+    back = 2 * torch.randint(1, 11, (segments,), generator=generator)
+    own = torch.arange(segments)
+    parent = torch.where(own < 2, -1, torch.maximum(own - back, own % 2))
+    ends = torch.randint(segments, (leaves,), generator=generator)
+    reward = torch.randint(-1, 3, (leaves,), generator=generator) / 2
+    return reward, ends % 2, parent, ends
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("estimator", ["grpo", "at2po", "appo"])
+@pytest.mark.parametrize("segments", [300, 1200])
+def test_trees_of_many_segments(device, estimator, segments):
+    inputs = interleaved_trees(segments, leaves=30)
+    more = extras(30, segments, seed=segments)
+    for backend in (device, "reference"):
+        assert_follows_the_definition(estimator, backend, device, *inputs, more)
+
+
+# Several threads from 32,768 leaves on.
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_threads_change_nothing(estimator, shuffled):
+    reward, tree, *_ = made_forest(70_000, 3000, seed=8, shuffled=shuffled)
+    more = {"length": torch.arange(70_000) % 7, "subgroup": torch.arange(70_000) % 3, "estimator": estimator}
+    if estimator == "at2po":
+        more["estimator"] = "grpo"
+    one = ops.group_advantages(reward, tree, **more).leaf
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert ops.group_advantages(reward, tree, **more).leaf.equal(one)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(one, ops.group_advantages(reward, tree, backend="reference", **more).leaf)
 
 
 @settings(deadline=None, max_examples=150)
@@ -119,35 +178,91 @@ def test_advantages_sum_to_zero(case):
             assert abs(mine.double().std() - spread / (spread + 1e-6)) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
-def test_a_group_that_teaches_nothing_gets_zeros(backend, estimator):
-    # 0.1 is not a binary fraction: a mean of sums would leave 1e-9 / eps.
-    reward, tree = float32([0.1] * 7 + [3.0]), torch.tensor([4] * 7 + [0])
-    assert ops.group_advantages(reward, tree, estimator=estimator, eps=0.0, backend=backend).leaf.tolist() == [0.0] * 8
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("estimator", TEACHING)
+def test_a_group_that_teaches_nothing_gets_zeros(device, estimator):
+    # 0.1 is not a binary fraction: a mean of sums would leave 1e-9 / eps. The last tree moves the mean of the batch.
+    reward, tree = float32([0.1] * 7 + [3.0] + [0.0, 1.0]).to(device), int64([4] * 7 + [0] + [1, 1]).to(device)
+    more = {"length": int64([3] * 8 + [1, 5]).to(device), "subgroup": int64([0, 1] * 5).to(device)}
+    more |= {"parent": int64([-1]).to(device), "leaf_segment": int64([0] * 10).to(device)}
+    more["segment_entropy"] = torch.ones(1, device=device)
+    for backend in (device, "reference"):
+        got = ops.group_advantages(reward, tree, estimator=estimator, eps=0.0, backend=backend, **more)
+        assert got.leaf[:8].tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_common_offset_costs_no_accuracy(device):
-    reward, tree = torch.rand(64).mul(1024).round() / 1024, torch.arange(64) % 4
-    plain = ops.group_advantages(reward.to(device), tree.to(device)).leaf
-    moved = ops.group_advantages((reward + 4096).to(device), tree.to(device)).leaf
-    torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("estimator", TEACHING)
+@pytest.mark.parametrize("offset", [4096.0, 1e6])
+def test_a_common_offset_costs_no_accuracy(device, estimator, offset):
+    reward, tree = torch.rand(64).mul(16).round() / 16, torch.arange(64) % 4
+    more = {"length": torch.arange(64) % 5, "subgroup": torch.arange(64) // 4 % 3}
+    inputs = [t.to(device) for t in (reward, tree)]
+    more = {name: t.to(device) for name, t in more.items()} | {
+        "estimator": "grpo" if estimator == "at2po" else estimator
+    }
+    plain = ops.group_advantages(*inputs, **more).leaf
+    for backend in (device, "reference"):
+        moved = ops.group_advantages(inputs[0] + offset, inputs[1], backend=backend, **more).leaf
+        torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("estimator", TEACHING)
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, -math.inf], [math.nan]])
 def test_a_bad_reward_stays_in_its_tree(device, backend, estimator, bad):
-    reward = float32([*bad, 0.0, 1.0]).to(device)
-    tree = torch.tensor([0] * len(bad) + [1, 1], device=device)
-    parent, ends = torch.tensor([-1, -1, 0], device=device), torch.tensor([2] * len(bad) + [1, 1], device=device)
-    got = ops.group_advantages(reward, tree, estimator=estimator, parent=parent, leaf_segment=ends, backend=backend)
-    assert got.leaf[: len(bad)].isnan().all()
+    n = len(bad)
+    tree, subgroup = [0] * n + [1, 1, 1], [0] * (n + 3)
+    good = naive([0.0, 1.0, 0.5], [1] * 3, estimator, subgroup=[0] * 3)
+    parent, ends = int64([-1, -1, 0]).to(device), int64([2] * n + [1] * 3).to(device)
+    got = ops.group_advantages(
+        float32([*bad, 0.0, 1.0, 0.5]).to(device),
+        int64(tree).to(device),
+        estimator=estimator,
+        parent=parent,
+        leaf_segment=ends,
+        subgroup=int64(subgroup).to(device),
+        length=torch.ones(n + 3, dtype=torch.int64, device=device),
+        segment_entropy=torch.ones(3, device=device),
+        backend=backend,
+    )
+    assert got.leaf[:n].isnan().all()
     assert got.segment.isnan().tolist() == [True, False, True]
     assert got.segment_pair.isnan().tolist() == [[True] * 2, [False] * 2, [True] * 2]
-    close(got.leaf[len(bad) :], naive([0.0, 1.0], [1, 1], estimator))
+    close(got.leaf[n:], good)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_bad_reward_spoils_all_subgroups_of_its_tree_unless_they_stand_alone(device, backend):
+    reward = float32([math.nan, 1.0, 0.0, 1.0, 2.0, 0.0, 1.0]).to(device)
+    tree, subgroup = int64([0] * 5 + [1] * 2).to(device), int64([0, 0, 1, 1, 2, 0, 0]).to(device)
+    for estimator, spoilt in (("tree_grpo", 5), ("tree_grpo_sum", 5), ("appo", 2)):
+        got = ops.group_advantages(reward, tree, subgroup=subgroup, estimator=estimator, backend=backend).leaf
+        assert got.isnan().tolist() == [True] * spoilt + [False] * (7 - spoilt)
+
+
+def test_a_segment_without_entropy_spoils_what_is_above_it_alone():
+    forest = {"parent": int64([-1, 0, 0, -1]), "leaf_segment": int64([1, 2, 3, 3])}
+    entropy = float32([math.nan, math.nan, 1.0, 1.0])
+    reward, tree = float32([0.0, 1.0, 0.0, 1.0]), int64([0, 0, 1, 1])
+    for backend in ("cpu", "reference"):
+        got = ops.group_advantages(
+            reward, tree, estimator="at2po", segment_entropy=entropy, backend=backend, **forest
+        ).segment
+        assert got.isnan().tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_entropies_weigh_turns(backend):
+    """Weights are relative to the largest: e^2000 is no number in float64."""
+    forest = {"parent": int64([-1, 0, 0, 0]), "leaf_segment": int64([1, 2, 3])}
+    entropy = float32([0.0, 2000.0, 0.0, 2000.0 + math.log(3)])
+    got = ops.group_advantages(
+        float32([0.0, 1.0, 2.0]), int64([0] * 3), estimator="at2po", segment_entropy=entropy, backend=backend, **forest
+    )
+    close(got.segment, [0.5, -1.0, 0.0, 1.0], scale=100)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -253,12 +368,20 @@ def test_it_is_captured_in_a_cuda_graph():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "gpro"}, "got estimator 'gpro'; expected grpo, dr_grpo, rloo, none"),
+        ({"estimator": "gpro"}, "got estimator 'gpro'; expected grpo, dr_grpo, rloo, none, opo"),
         ({"parent": torch.tensor([-1])}, "got no leaf_segment; expected parent and leaf_segment, or neither"),
         ({"eps": -1.0}, "got eps -1.0; expected at least 0"),
         ({"reward": torch.zeros(2, dtype=torch.int64)}, "got reward of torch.int64; expected torch.float32"),
         ({"tree": torch.zeros(3, dtype=torch.int64)}, r"got tree of shape \[3\]; expected \[2\]"),
         ({"tree": torch.zeros(2)}, "got tree of torch.float32; expected torch.int64"),
+        ({"estimator": "opo"}, "got no length; estimator 'opo' expects it"),
+        ({"estimator": "tree_grpo"}, "got no subgroup; estimator 'tree_grpo' expects it"),
+        ({"estimator": "at2po"}, "got no segment_entropy; estimator 'at2po' expects it"),
+        ({"estimator": "at2po", "segment_entropy": torch.zeros(1)}, "got no parent; estimator 'at2po' expects it"),
+        ({"estimator": "opo", "length": torch.ones(2)}, "got length of torch.float32; expected torch.int64"),
+        ({"estimator": "appo", "subgroup": int64([0])}, r"got subgroup of shape \[1\]; expected \[2\]"),
+        ({"estimator": "appo", "subgroup": int64([0, 2])}, "got subgroup index 2 at leaf 1; expected 0 to 1"),
+        ({"estimator": "opo", "length": int64([0, -2])}, "got length -2 of leaf 1; expected at least 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

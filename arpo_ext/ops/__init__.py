@@ -4,6 +4,7 @@ from arpo_ext.ops._dispatch import BackendError, available_backends, build_info
 from arpo_ext.ops._logits import invalid_labels
 from arpo_ext.ops.branch_points import aepo_initial_paths, branch_points, branch_scores
 from arpo_ext.ops.branch_tokens import TokenBranches, branch_tokens, future_value
+from arpo_ext.ops.expand_advantages import expand_advantages, first_occurrences
 from arpo_ext.ops.group_advantages import Advantages, group_advantages
 from arpo_ext.ops.linear_logprob_entropy import linear_logprob_entropy
 from arpo_ext.ops.logprob_entropy import entropy, logprob, logprob_entropy, logprob_entropy_into
@@ -21,6 +22,8 @@ __all__ = [
     "branch_tokens",
     "build_info",
     "entropy",
+    "expand_advantages",
+    "first_occurrences",
     "future_value",
     "group_advantages",
     "invalid_labels",

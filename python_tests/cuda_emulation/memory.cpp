@@ -2,6 +2,7 @@
 // store; the functions called are these here, not libtsan's. Reported are: races between threads of a block without a
 // barrier between them, and between blocks; shared memory read before it was written, or past its end; another
 // thread's local memory; and the zones around tensors that a test has fenced.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -63,7 +64,7 @@ struct Page {
 struct Memory {
     std::unordered_map<std::uintptr_t, std::unique_ptr<Page>> pages;
     Page* latest[64] = {};
-    std::uint64_t launches = 0, blocks = 0;
+    std::uint64_t launches = 0, blocks = 0, blocks_of_launch = 0;
     std::map<std::uintptr_t, std::uintptr_t> fences;  // begin -> end of what no kernel may touch
 
     alignas(kPage) unsigned char arena[kArena];
@@ -116,10 +117,33 @@ void check_shared(std::uintptr_t address, std::size_t size, bool write) {
     }
 }
 
-void touch(std::uintptr_t address, std::size_t size, bool write, bool atomic) {
-    if (position.block >> 22 != 0 || position.barriers >> 15 != 0 || position.warp_syncs >> 14 != 0) {
-        fail("comes to more blocks or barriers than the emulation can count");
+[[noreturn]] void report_race(const Accesses& other, bool other_stores, std::uintptr_t address, std::size_t size,
+                              bool write) {
+    std::ostringstream text;
+    text << (is_shared(address) ? " to shared memory" : " to global memory") << " against a "
+         << (other_stores ? "store" : "load") << " of thread " << other.thread
+         << (other.block == position.block ? " of the same block" : " of another block");
+    report("races", text.str().c_str(), size, write);
+}
+
+// Notes the access in one cell; returns whether a store came before.
+inline bool note(Cell& cell, std::uintptr_t address, std::size_t size, bool write, bool atomic) {
+    const bool was_written = cell.writes.any();
+    if (was_written && !cell.writes.before(position) && !(atomic && cell.writes.atomic)) {
+        report_race(cell.writes, true, address, size, write);
     }
+    if (!write) {
+        if (!cell.reads.several_blocks) cell.reads.add(position, atomic);
+        return was_written;
+    }
+    if (!cell.reads.before(position) && !(atomic && cell.reads.atomic)) {
+        report_race(cell.reads, false, address, size, write);
+    }
+    cell.writes.add(position, atomic);
+    return was_written;
+}
+
+void touch(std::uintptr_t address, std::size_t size, bool write, bool atomic) {
     const int owner = owner_of_stack(address);
     if (owner >= 0) {
         if (owner != position.thread) report("touches another thread's local memory", "", size, write);
@@ -128,45 +152,43 @@ void touch(std::uintptr_t address, std::size_t size, bool write, bool atomic) {
     const bool shared = is_shared(address);
     if (shared) check_shared(address, size, write);
     bool written = !shared || write;
-    for (std::uintptr_t at = address; at < address + size; at += kGranule - at % kGranule) {
+    for (std::uintptr_t at = address; at < address + size;) {
         Page& page = page_of(at);
-        if (page.fenced && touches_fence(at, at + 1)) report("touches memory outside its tensor", "", size, write);
-        Cell& cell = page.cells[at % kPage / kGranule];
-        const bool with_write = !cell.writes.before(position) && !(atomic && cell.writes.atomic);
-        const bool with_read = write && !cell.reads.before(position) && !(atomic && cell.reads.atomic);
-        if (with_write || with_read) {
-            const Accesses& other = with_write ? cell.writes : cell.reads;
-            std::ostringstream text;
-            text << (shared ? " to shared memory" : " to global memory") << " against a " << (with_write ? "store" : "load")
-                 << " of thread " << other.thread
-                 << (other.block == position.block ? " of the same block" : " of another block");
-            report("races", text.str().c_str(), size, write);
+        const std::uintptr_t page_end = (at / kPage + 1) * kPage;
+        const std::uintptr_t end = std::min(address + size, page_end);
+        if (page.fenced && touches_fence(at, end)) report("touches memory outside its tensor", "", size, write);
+        for (std::uintptr_t cell = at % kPage / kGranule; cell <= (end - 1) % kPage / kGranule; ++cell) {
+            if (note(page.cells[cell], address, size, write, atomic)) written = true;
         }
-        written = written || cell.writes.any();
-        (write ? cell.writes : cell.reads).add(position, atomic);
+        at = end;
     }
     if (!written) report("reads shared memory that no thread of the block has written", "", size, write);
 }
 
 }  // namespace
 
-void memory_begin_launch() { ++memory.launches; }
+void memory_begin_launch() {
+    ++memory.launches;
+    memory.blocks_of_launch = 0;
+}
 
 void memory_begin_block(std::size_t dynamic_shared_size) {
+    if (++memory.blocks_of_launch >> 22 != 0) throw std::runtime_error("more blocks than the emulation can count");
     ++memory.blocks;
-    memory.used = 0;
     memory.variables.clear();
-    std::memset(memory.in_variable, 0, sizeof memory.in_variable);
-    std::memset(memory.arena, 0xff, sizeof memory.arena);
+    std::memset(memory.in_variable, 0, memory.used);
+    memory.used = 0;
     if (dynamic_shared_size > 0) shared(&memory, dynamic_shared_size, 16);
 }
 
+// Filled with ones, which is NaN in every type.
 void* shared(const void* site, std::size_t size, std::size_t alignment) {
     void*& variable = memory.variables[site];
     if (variable == nullptr) {
         const std::size_t begin = (memory.used + alignment - 1) / alignment * alignment;
         if (begin + size + kGap > kArena) fail("has no shared memory left");
         std::memset(memory.in_variable + begin, 1, size);
+        std::memset(memory.arena + begin, 0xff, size);
         memory.used = begin + size + kGap;
         variable = memory.arena + begin;
     }

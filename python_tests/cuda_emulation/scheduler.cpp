@@ -30,11 +30,11 @@ namespace cuda_emulation {
 
 Position position;
 bool kernel_runs = false;
+std::uintptr_t stacks = 0;
 
 namespace {
 
-constexpr std::size_t kStack = 256 * 1024;
-constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr int kWarp = 32;
 
 enum class Order { forward, reverse, shuffled };
 enum class State { ready, at_barrier, in_warp, finished };
@@ -55,14 +55,18 @@ struct Thread {
     void* sanitizer_stack = nullptr;
 };
 
+struct Warp {
+    unsigned waiting = 0, finished = 0;  // by lane
+};
+
 struct Machine {
     Order order = Order::forward;
     std::uint64_t seed = 0;
     int multiprocessors = 132;
     cudaError_t error = cudaSuccess;
 
-    char* stacks = nullptr;
     std::vector<Thread> threads{kMostThreads};
+    Warp warps[kMostThreads / kWarp];
     int count = 0, current = 0;
     Index block{};
     Dimensions block_size, grid_size;
@@ -90,7 +94,7 @@ void arrange(std::vector<std::int64_t>& order) {
     for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
 }
 
-char* stack_of(int thread) { return machine.stacks + thread * kStack; }
+char* stack_of(int thread) { return reinterpret_cast<char*>(stacks) + thread * kStack; }
 
 void yield() {
     Thread& self = machine.threads[machine.current];
@@ -107,6 +111,7 @@ void fiber() {
     for (;;) {
         (*machine.body)();
         machine.threads[machine.current].state = State::finished;
+        machine.warps[machine.current / kWarp].finished |= 1u << machine.current % kWarp;
         yield();
     }
 }
@@ -147,20 +152,22 @@ std::string waiting() {
 
 void run_block(const Index& block, std::uint32_t serial, std::vector<std::int64_t>& order) {
     machine.block = block;
+    std::fill(std::begin(machine.warps), std::end(machine.warps), Warp{});
     for (int i = 0; i < machine.count; ++i) {
         Thread& thread = machine.threads[i];
         thread.state = State::ready;
         thread.position = {serial, static_cast<std::uint16_t>(i), 0, 0};
     }
+    arrange(order);
     for (bool moved = true; moved;) {
         moved = false;
-        arrange(order);
         for (const std::int64_t i : order) {
             if (machine.threads[i].state != State::ready) continue;
             moved = true;
             resume(static_cast<int>(i));
             if (machine.failure) return;
         }
+        if (machine.order == Order::shuffled) arrange(order);
     }
     const auto finished = [](const Thread& thread) { return thread.state == State::finished; };
     if (!std::all_of(machine.threads.begin(), machine.threads.begin() + machine.count, finished)) {
@@ -219,28 +226,34 @@ std::uint64_t shuffled(const Thread& one, int first, int source) {
     return (one.mask >> source & 1) != 0 ? machine.threads[first + source].value : 0xffffffffffffffffull;
 }
 
+// Everybody in the mask is there.
 void meet(const Thread& one, int first) {
     std::uint32_t syncs = 0;
-    for (int lane = 0; lane < kWarp; ++lane) {
-        if ((one.mask >> lane & 1) == 0) continue;
+    for (unsigned left = one.mask; left != 0; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
         Thread& thread = machine.threads[first + lane];
+        if (thread.collective != one.collective || thread.mask != one.mask) {
+            fail("meets a lane of its mask in another warp collective");
+        }
         thread.result = one.collective == Collective::shuffle ? shuffled(one, first, thread.source)
                                                               : combined(one, first, lane);
         syncs = std::max(syncs, thread.position.warp_syncs);
     }
-    for (int lane = 0; lane < kWarp; ++lane) {
-        if ((one.mask >> lane & 1) == 0) continue;
-        Thread& thread = machine.threads[first + lane];
+    if (syncs >> 14 != 0) fail("comes to more barriers than the emulation can count");
+    for (unsigned left = one.mask; left != 0; left &= left - 1) {
+        Thread& thread = machine.threads[first + __builtin_ctz(left)];
         thread.state = State::ready;
         // Shuffles and votes order no memory accesses.
         if (one.collective == Collective::sync) thread.position.warp_syncs = syncs + 1;
     }
+    machine.warps[first / kWarp].waiting &= ~one.mask;
     position = machine.threads[machine.current].position;
 }
 
 }  // namespace
 
 Index thread_index() { return machine.threads[machine.current].index; }
+int lane() { return machine.current % kWarp; }
 Index block_index() { return machine.block; }
 Dimensions block_dimensions() { return machine.block_size; }
 Dimensions grid_dimensions() { return machine.grid_size; }
@@ -253,12 +266,6 @@ void fail(const char* what) {
     machine.failure = std::make_exception_ptr(std::runtime_error(text.str()));
     ENTER_STACK(nullptr, machine.sanitizer_bottom, machine.sanitizer_size);
     _longjmp(machine.scheduler, 1);
-}
-
-int owner_of_stack(std::uintptr_t address) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(machine.stacks);
-    if (address < begin || address >= begin + kMostThreads * kStack) return -1;
-    return static_cast<int>((address - begin) / kStack);
 }
 
 int block_barrier(Vote vote, int predicate) {
@@ -281,7 +288,7 @@ int block_barrier(Vote vote, int predicate) {
         Thread& thread = machine.threads[i];
         thread.state = State::ready;
         thread.result = static_cast<std::uint64_t>(result);
-        ++thread.position.barriers;
+        if (++thread.position.barriers >> 15 != 0) fail("comes to more barriers than the emulation can count");
     }
     position = self.position;
     return result;
@@ -289,26 +296,21 @@ int block_barrier(Vote vote, int predicate) {
 
 std::uint64_t warp(Collective collective, unsigned mask, std::uint64_t value, int source) {
     Thread& self = machine.threads[machine.current];
-    const int first = machine.current / kWarp * kWarp;
-    if ((mask >> (machine.current - first) & 1) == 0) fail("calls a warp collective whose mask leaves it out");
+    Warp& warp = machine.warps[machine.current / kWarp];
+    const int lane = machine.current % kWarp, first = machine.current - lane;
+    if ((mask >> lane & 1) == 0) fail("calls a warp collective whose mask leaves it out");
+    if ((mask & warp.finished) != 0) fail("waits in a warp collective for a lane that has finished");
+    if (machine.count - first < kWarp && mask >> (machine.count - first) != 0) {
+        fail("names a lane in a warp mask that the block does not have");
+    }
     self.collective = collective;
     self.mask = mask;
     self.value = value;
     self.source = source;
     self.state = State::in_warp;
     self.position = position;
-    bool complete = true;
-    for (int lane = 0; lane < kWarp; ++lane) {
-        if ((mask >> lane & 1) == 0) continue;
-        if (first + lane >= machine.count) fail("names a lane in a warp mask that the block does not have");
-        const Thread& other = machine.threads[first + lane];
-        if (other.state == State::finished) fail("waits in a warp collective for a lane that has finished");
-        if (other.state == State::in_warp && (other.collective != collective || other.mask != mask)) {
-            fail("meets a lane of its mask in another warp collective");
-        }
-        complete = complete && other.state == State::in_warp;
-    }
-    if (complete) {
+    warp.waiting |= 1u << lane;
+    if ((warp.waiting & mask) == mask) {
         meet(self, first);
     } else {
         yield();
@@ -327,10 +329,11 @@ void run(const char* kernel, const Config& config, const std::function<void()>& 
         machine.error = cudaErrorInvalidConfiguration;
         return;
     }
-    if (machine.stacks == nullptr) {
-        machine.stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
-                                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        if (machine.stacks == MAP_FAILED) throw std::bad_alloc();
+    if (stacks == 0) {
+        void* mapped = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED) throw std::bad_alloc();
+        stacks = reinterpret_cast<std::uintptr_t>(mapped);
     }
     machine.kernel = kernel;
     machine.count = static_cast<int>(count);

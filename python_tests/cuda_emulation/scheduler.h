@@ -19,8 +19,14 @@ struct Position {
 extern Position position;
 extern bool kernel_runs;
 
+constexpr int kMostThreads = 1024;
+constexpr std::size_t kStack = 256 * 1024;
+// One after another, by thread.
+extern std::uintptr_t stacks;
 // The thread whose stack holds the address; -1: none's.
-int owner_of_stack(std::uintptr_t address);
+inline int owner_of_stack(std::uintptr_t address) {
+    return address - stacks < kMostThreads * kStack ? static_cast<int>((address - stacks) / kStack) : -1;
+}
 
 void memory_begin_launch();
 void memory_begin_block(std::size_t dynamic_shared);

@@ -76,11 +76,6 @@ unsigned __match_any_sync(unsigned mask, T x) {
 }
 
 namespace cuda_emulation {
-inline int lane() {
-    const Dimensions size = block_dimensions();
-    const Index at = thread_index();
-    return static_cast<int>((at.x + size.x * (at.y + size.y * at.z)) % 32);
-}
 // A lane outside its segment of `width` lanes reads itself.
 template <class T>
 T shuffle(unsigned mask, T value, int source, int width) {

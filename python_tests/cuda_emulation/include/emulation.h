@@ -18,6 +18,7 @@ struct Dimensions {
 
 // Of the thread that runs. Functions, so that reading them is no access of the kernel's.
 Index thread_index();
+int lane();  // in its warp
 Index block_index();
 Dimensions block_dimensions();
 Dimensions grid_dimensions();
