@@ -129,7 +129,7 @@ def test_nothing_to_choose_from(device, rows, tokens, trees):
     assert_matches_definition(case, 0, device)
 
 
-coarse = st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, 4.0, NAN, INF, -INF])
+coarse = st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, 4.0, -1.0, NAN, INF, -INF])
 
 
 @st.composite
@@ -270,6 +270,31 @@ def test_chosen_positions_keep_their_distance_within_a_row_only(backend):
         (1, 3),
     ]
     assert found.row[0, 4:].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_zeros_of_both_signs_tie_and_a_score_beyond_float32_is_none(backend):
+    case = rowwise([[-0.0, 0.0, 3e38, 1.0]], value=torch.tensor([[1.0, 1.0, 3e38, -1.0]]))
+    found = ops.branch_tokens(**case, count=4, scope="none", backend=backend)
+    assert found.token.tolist() == [[0, 1, 3, -1]]
+    assert found.score.tolist() == [[0.0, 0.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scope", ["row", "tree"])
+def test_sums_go_in_the_order_of_the_definition(device, scope):
+    """Numbers, or the sums of rows, cancel to what their order rounds away, and that is the score of the small ones."""
+    generator = torch.Generator().manual_seed(8)
+    numbers = torch.randn(4, 40, generator=generator) * 10.0 ** torch.randint(-20, 20, (4, 40), generator=generator)
+    if scope == "row":
+        entropy = torch.cat([numbers, -numbers], 1)[:, torch.randperm(80, generator=generator)]
+    else:
+        entropy = torch.cat([numbers, -numbers])[torch.randperm(8, generator=generator)]
+    tree = torch.zeros(8, dtype=torch.int64, device=device)[: len(entropy)]
+    room = torch.tensor([2000], dtype=torch.int32, device=device)
+    inputs = {"entropy": entropy.to(device), "mask": None, "tree": tree, "room": room, "count": 320, "scope": scope}
+    found = ops.branch_tokens(**inputs, backend=device)
+    assert_same([found, ops.branch_tokens(**inputs, backend="reference")])
 
 
 def test_threads_choose_alike():
