@@ -158,7 +158,7 @@ void score_tree(const TokenRule& rule, const TokenRows& in, const std::vector<in
     for (size_t slot = 0; slot < rows.size(); ++slot) {
         row.read(in, rows[slot]);
         if (rule.scope == TokenScope::row) scales = scales_of_row(row, rule.eps);
-        score_row(in, rows[slot], row, scales, rule.fallback, &worker.order[slot * row.padded]);
+        score_row(in, rows[slot], row, scales, rule.fallback, worker.order.data() + slot * row.padded);
     }
 }
 
@@ -173,13 +173,13 @@ void choose(const TokenRows& in, const TokenRule& rule, const std::vector<int64_
             Worker& worker, const TokenChoice& choice, int64_t place) {
     const int64_t blocks = token_blocks(in.tokens);
     const auto begin = worker.best.begin(), end = begin + rows.size() * blocks;
-    for (auto best = begin; best != end; ++best) *best = best_of_block(&worker.order[(best - begin) * kTokenBlock]);
+    for (auto best = begin; best != end; ++best) *best = best_of_block(worker.order.data() + (best - begin) * kTokenBlock);
     for (int64_t taken = 0; taken < limit; ++taken, ++place) {
         const auto best = std::max_element(begin, end);
         if (best == end || *best == 0) return;
         const int64_t slot = (best - begin) / blocks;
-        uint64_t* row = &worker.order[slot * worker.row.padded];
-        const int64_t token = std::find(&worker.order[(best - begin) * kTokenBlock], row + worker.row.padded, *best) - row;
+        uint64_t* row = worker.order.data() + slot * worker.row.padded;
+        const int64_t token = std::find(worker.order.data() + (best - begin) * kTokenBlock, row + worker.row.padded, *best) - row;
         choice.row[place] = rows[slot];
         choice.token[place] = token;
         choice.score[place] = token_score(*best);

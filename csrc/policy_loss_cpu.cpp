@@ -107,18 +107,18 @@ __attribute__((always_inline)) inline void prefetch_tokens(const PolicyTokens& i
     if (advantages > 0) prefetch(in.advantage + advantages * t);
 }
 
-// Fewer than 16 tokens at t, padded with tokens of weight 0.
+// Fewer than 16 tokens at t, padded with tokens of weight 0. advantages: how many a token has; 0 where leaves have them.
 struct Padded {
     float columns[7][2 * kLanes] = {};
     PolicyTokens in;
 
-    Padded(const PolicyTokens& from, int64_t t, int64_t count, bool pair) {
+    Padded(const PolicyTokens& from, int64_t t, int64_t count, int64_t advantages) {
         const auto copy = [&](int column, const float* source, int64_t width) -> const float* {
             if (!source) return nullptr;
             std::memcpy(columns[column], source + width * t, static_cast<std::size_t>(width * count) * sizeof(float));
             return columns[column];
         };
-        in = {copy(0, from.logprob, 1), copy(1, from.old_logprob, 1), copy(2, from.advantage, pair ? 2 : 1),
+        in = {copy(0, from.logprob, 1), copy(1, from.old_logprob, 1), copy(2, from.advantage, advantages),
               copy(3, from.weight, 1),  copy(4, from.entropy, 1),     copy(5, from.ref_logprob, 1),
               copy(6, from.importance, 1)};
     }
@@ -140,7 +140,7 @@ void run_block(const PolicyTokens& in, int64_t begin, int64_t end, const Rule& r
     }
     if (t < end) {
         float gradient[kLanes], entropy_gradient[kLanes];
-        const Padded rest(in, t, end - t, pair);
+        const Padded rest(in, t, end - t, level == Level::path ? 0 : pair ? 2 : 1);
         const Gradients padded = {out.logprob ? gradient : nullptr, out.entropy ? entropy_gradient : nullptr,
                                   out.shared};
         add_tokens<level, clip, pair>(rest.in, 0, rule, group, padded, sums);

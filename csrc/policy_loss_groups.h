@@ -68,7 +68,7 @@ GroupSums run_sums(const PolicyTokens& in, int64_t begin, int64_t end, bool side
         prefetch_tokens(in, t + kAhead, sides ? pair ? 2 : 1 : 0);
         add(in, t);
     }
-    if (t < end) add(Padded(in, t, end - t, pair).in, 0);
+    if (t < end) add(Padded(in, t, end - t, sides ? pair ? 2 : 1 : 0).in, 0);
     return {sum(x), static_cast<double>(tokens), sum(positive), sum(negative), sum(texts)};
 }
 
