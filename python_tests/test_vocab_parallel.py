@@ -386,6 +386,26 @@ def test_any_cut_merges_to_the_whole(data, vocab, seed, order, special):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("rank", "column", "value", "got"),
+    [
+        (1, 0, 6, "0 to 6 of 24, 6 to 17 of 24, 19 to 23 of 24"),
+        (1, 0, 8, "0 to 6 of 24, 8 to 19 of 24, 19 to 23 of 24"),
+        (1, 1, 11, "0 to 6 of 24, 7 to 17 of 24, 19 to 23 of 24"),
+        (1, 1, 13, "0 to 6 of 24, 7 to 19 of 24, 19 to 23 of 24"),
+        (2, 2, 25, "0 to 6 of 24, 7 to 18 of 24, 19 to 23 of 25"),
+        (0, 0, 1, "1 to 7 of 24, 7 to 18 of 24, 19 to 23 of 24"),
+    ],
+)
+def test_one_rank_that_is_out_of_place_is_found(rank, column, value, got):
+    *_, logits, labels = inputs()
+    every, _ = gathered(logits, labels, [0, 7, 19, VOCAB], None, None)
+    torch.ops.arpo_ext.merge_shards(every, None, None, 1.0)
+    every[rank, -1, column] = value
+    with pytest.raises(ValueError, match=f"columns must make up the vocabulary, got {got}; unequal shards need"):
+        torch.ops.arpo_ext.merge_shards(every, None, None, 1.0)
+
+
 def test_opcheck():
     *_, logits, labels = inputs()
     mask, temperature = torch.ones(ROWS, dtype=torch.bool), torch.linspace(0.5, 2, ROWS)
