@@ -18,8 +18,11 @@ from arpo_ext.ops._logits_backends import BACKWARD, SHARD_FORWARD
 
 def new_running(logits: Tensor) -> Tensor:
     """`running` before the first shard, for the rows of `logits`."""
-    start = torch.tensor((-torch.inf, 0, 0, torch.nan), dtype=torch.float64, device=logits.device)
-    return start.expand(*logits.shape[:-1], 4).contiguous()
+    running = logits.new_zeros((*logits.shape[:-1], 4), dtype=torch.float64)
+    # Numbers filled in on the device: a tensor made from them would be copied to a GPU while the host waits.
+    running[..., 0] = -torch.inf
+    running[..., 3] = torch.nan
+    return running
 
 
 def shard_forward(call: LogitsCall, running: Tensor, backend: str = "auto") -> None:

@@ -46,8 +46,9 @@ def gather(
     if not shard.group:
         return running
     # The last row says which columns these are, so that a gap or an overlap shows without another collective.
-    place = torch.tensor([[shard.start, columns, shard.total, 0]], dtype=torch.float64, device=running.device)
-    mine = torch.cat((running, place))
+    # Filled on the device: a tensor made from numbers would be copied to a GPU while the host waits.
+    place = [running.new_full((1, 1), number) for number in (shard.start, columns, shard.total, 0)]
+    mine = torch.cat((running, torch.cat(place, 1)))
     every = torch.ops._c10d_functional.all_gather_into_tensor(mine, shard.ranks, shard.group)
     every = torch.ops._c10d_functional.wait_tensor(every).view(shard.ranks, -1, 4)
     return torch.ops.arpo_ext.merge_shards(every, mask, temperatures, temperature)
