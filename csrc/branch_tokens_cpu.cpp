@@ -237,7 +237,7 @@ void discount_row(const FutureValue& args, int64_t row, int64_t segment, double 
         entering = left;
     }
     for (int64_t j = segment - 1; j >= 0; --j) {
-        double* at = x + j * kTokenLanes;
+        double* __restrict at = x + j * kTokenLanes;
         for (int lane = 0; lane < kTokenLanes; ++lane) {
             sum[lane] = at[lane] + args.gamma * sum[lane];
             at[lane] = future_value_of(sum[lane], args.low, args.high);
