@@ -37,6 +37,7 @@ EXTRAS = {
     "ops/_triton.py": {"triton"},
     "ops/_triton_rows.py": {"triton"},
     "ops/logprob_entropy_triton.py": {"triton"},
+    "ops/linear_logprob_entropy_triton.py": {"triton"},
     "tools/browser.py": {"httpcore", "httpx", "trafilatura"},
     "tools/web_page.py": {"httpcore", "trafilatura"},
     "tools/cache.py": {"diskcache"},

@@ -15,12 +15,17 @@ from arpo_ext.ops import _dispatch
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-# Large rows add nothing to what smaller ones show, and take the interpreter minutes.
-INTERPRETED = (
-    "triton and not 151936 and not 262144 and not large_tiles and not (strided and float16)"
-    " and not (spoils and (31- or 32- or 8192-))"
-)
-FILES = ["test_logprob_entropy.py", "test_linear_logprob_entropy.py", "test_shards.py", "test_triton_kernels.py"]
+# Large rows, and more of the same, add nothing to what is left, and take the interpreter minutes.
+LEFT_OUT = [
+    "151936",
+    "262144",
+    "large_tiles",
+    "strided and float16",
+    "spoils and (31- or 32- or 8192-)",
+    "make_up and (True-None or False-2.0 or None-True)",
+]
+INTERPRETED = " and ".join(["triton", *(f"not ({what})" for what in LEFT_OUT)])
+FILES = ["test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py", "test_triton_kernels.py"]
 
 
 @pytest.mark.slow
@@ -64,17 +69,27 @@ def test_a_machine_without_a_gpu_says_so():
 
 # Types of the kernels' arguments; "T" is the dtype of the logits. Anything else is a number of compile time.
 POINTERS = {"logits": "T", "out": "T", "labels": "i64", "mask": "i1", "counter": "i64", "running": "fp64"}
+POINTERS |= dict.fromkeys(("hidden", "weight", "bias"), "T")
 POINTERS |= dict.fromkeys(
     ("temperatures", "logprob", "entropy", "stats", "partials", "grad_logprob", "grad_entropy"), "fp32"
 )
-NUMBERS = dict.fromkeys(("temperature", "temperature_rest"), "fp32")
-NUMBERS |= dict.fromkeys(("vocab", "pieces", "length", "tiles", "temperature_stride"), "i32")
-STRIDES = ("inner", "outer_stride", "inner_stride", "to_inner", "to_outer_stride", "to_inner_stride")
+NUMBERS = dict.fromkeys(("temperature", "temperature_rest", "softcap"), "fp32")
+NUMBERS |= dict.fromkeys(("vocab", "depth", "splits", "pieces", "length", "tiles", "temperature_stride"), "i32")
+STRIDES = (
+    "hidden_stride",
+    "weight_stride",
+    "inner",
+    "outer_stride",
+    "inner_stride",
+    "to_inner",
+    "to_outer_stride",
+    "to_inner_stride",
+)
 NUMBERS |= dict.fromkeys(("begin", "to_begin", "rows", "ignore_index", "vocab_start", "vocab_total", *STRIDES), "i64")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compiled(kernel, capability, dtype, constants, warps, absent=()):
+def compiled(kernel, capability, dtype, constants, options, absent=(), multiples_of_16=()):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -88,10 +103,12 @@ def compiled(kernel, capability, dtype, constants, warps, absent=()):
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = NUMBERS[name]
+            if name in multiples_of_16:
+                attributes[(position,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
+        options={**options, "enable_fp_fusion": True},
     )
 
 
@@ -124,22 +141,45 @@ def test_rows_compile_without_spills_and_with_16_byte_accesses(capability, dtype
     from arpo_ext.ops import logprob_entropy_triton as kernels
 
     forward, backward = kernels._forward_tile(DTYPES[dtype]), kernels._backward_tile(DTYPES[dtype])
+    warps = {"num_warps": kernels._WARPS}
     one_read = compiled(
-        kernels.forward_kernel, capability, dtype, forward, kernels._WARPS, ("partials", "running", "temperatures")
+        kernels.forward_kernel, capability, dtype, forward, warps, ("partials", "running", "temperatures")
     )
     assert set(local_memory(one_read, tmp_path)) == {0}
     assert wide(one_read, "ld") == 2 * kernels._PACKS_PER_THREAD  # before the loop and in it
-    gradient = compiled(kernels.backward_kernel, capability, dtype, backward, kernels._WARPS)
+    gradient = compiled(kernels.backward_kernel, capability, dtype, backward, warps)
     assert set(local_memory(gradient, tmp_path)) == {0}
     assert (wide(gradient, "ld"), wide(gradient, "st")) == (kernels._PACKS_BACKWARD,) * 2
     if capability == 90:
         for absent in (("running",), ("partials",), ("labels", "counter", "logprob", "running", "partials", "mask")):
-            variant = compiled(kernels.forward_kernel, capability, dtype, forward, kernels._WARPS, absent)
+            variant = compiled(kernels.forward_kernel, capability, dtype, forward, warps, absent)
             assert set(local_memory(variant, tmp_path)) == {0}
             assert wide(variant, "ld") == 2 * kernels._PACKS_PER_THREAD
         for absent in (("running",), ("logprob", "entropy", "stats")):
-            merge = compiled(kernels.merge_kernel, capability, dtype, {"PIECES": 64}, 1, absent)
+            merge = compiled(kernels.merge_kernel, capability, dtype, {"PIECES": 64}, {"num_warps": 1}, absent)
             assert set(local_memory(merge, tmp_path)) == {0}
+
+
+@pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rows"),
+    [(80, "bf16", 128), (90, "fp32", 128), (90, "bf16", 16), (90, "bf16", 64), (90, "bf16", 128), (100, "bf16", 128)],
+)
+def test_products_compile_without_spills_on_tensor_cores(capability, dtype, rows, softcap, tmp_path):
+    from arpo_ext.ops import linear_logprob_entropy_triton as kernels
+
+    constants = kernels._tile(DTYPES[dtype], rows) | {"SOFTCAP": softcap}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    aligned = ("depth", "hidden_stride", "weight_stride")
+    binary = compiled(kernels.fused_kernel, capability, dtype, constants, options, multiples_of_16=aligned)
+    assert set(local_memory(binary, tmp_path)) == {0}
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", binary.asm["ptx"])
+    assert copies
+    assert set(copies) == {"0x10"}, "operands come in pieces of less than 16 bytes"
+    instruction = {80: "mma.sync", 90: "wgmma" if rows >= 64 else "mma.sync", 100: "tcgen05.mma"}[capability]
+    assert (instruction in binary.asm["ptx"]) == (dtype != "fp32")
+    assert "tf32" not in binary.asm["ptx"]
 
 
 @pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
@@ -148,16 +188,19 @@ def test_no_value_of_a_number_makes_another_binary():
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    from arpo_ext.ops import linear_logprob_entropy_triton as linear
     from arpo_ext.ops import logprob_entropy_triton as kernels
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    for kernel in (kernels.forward_kernel, kernels.merge_kernel, kernels.backward_kernel):
+    for kernel in (kernels.forward_kernel, kernels.merge_kernel, kernels.backward_kernel, linear.fused_kernel):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys = set()
         for integer, number in ((1, 1.0), (16, 0.7), (3, 1e-3), (2**31 - 1, 2.0)):
             arguments = {
                 name: integer if NUMBERS[name][0] == "i" else number for name in kernel.arg_names if name in NUMBERS
             }
+            # D and the strides of the operands decide how wide their loads are.
+            arguments |= dict.fromkeys({"depth", "hidden_stride", "weight_stride"} & arguments.keys(), 64)
             rest = {name: None for name in kernel.arg_names if name not in NUMBERS}
             keys.add(str(bind(**arguments, **rest)[1]))
         assert len(keys) == 1, keys

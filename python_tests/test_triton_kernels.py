@@ -4,10 +4,13 @@ Runs on a GPU, or interpreted in the process that test_triton.py starts.
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from backends import USABLE, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arpo_ext import ops
 
@@ -17,7 +20,9 @@ if USABLE["triton"] is not None:
 import triton
 import triton.language as tl
 
-from arpo_ext.ops import _triton, logprob_entropy_triton
+from arpo_ext.ops import _triton, linear_logprob_entropy_triton, logprob_entropy_triton
+from arpo_ext.ops import linear_logprob_entropy_reference as linear_reference
+from arpo_ext.ops._linear_tiles import LinearCall
 
 DEVICE = device_of("triton")
 INF = math.inf
@@ -140,3 +145,77 @@ def test_auto_takes_triton_where_the_native_module_cannot_serve(monkeypatch):
     logits = torch.zeros(1, 8, device=DEVICE)
     assert ops.entropy(logits).item() == pytest.approx(math.log(8))
     assert len(taken) == 1
+
+
+@st.composite
+def linear_calls(draw):
+    """Operands of few small integers, so that products are exact in any order and maxima tie; biases of -inf."""
+    rows, depth, vocab = draw(st.integers(1, 40)), draw(st.integers(1, 70)), draw(st.integers(1, 300))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    few = {"generator": generator, "low": -1, "high": 2}
+    hidden, weight = (torch.randint(size=(size, depth), **few).to(DEVICE, dtype) for size in (rows, vocab))
+    bias = torch.randint(size=(vocab,), **few).float()
+    bias[draw(st.integers(0, vocab)) : draw(st.integers(0, vocab))] = -INF
+    if draw(st.integers(0, 5)) == 0:
+        bias[draw(st.integers(0, vocab - 1))] = draw(st.sampled_from([math.nan, INF]))
+    start, total = draw(st.sampled_from([(0, vocab), (0, vocab + 50), (50, vocab + 50)]))
+    labels = torch.randint(0, total, (rows,), generator=generator)
+    labels[draw(st.integers(0, rows - 1))] = -100
+    mask = torch.rand(rows, generator=generator) < draw(st.sampled_from([0.1, 0.7, 1.0]))
+    temperatures = 0.5 + torch.rand(rows, generator=generator)
+    return LinearCall(
+        hidden,
+        weight,
+        bias.to(DEVICE, dtype) if draw(st.booleans()) else None,
+        labels.to(DEVICE) if draw(st.booleans()) else None,
+        mask.to(DEVICE) if draw(st.booleans()) else None,
+        temperatures.to(DEVICE) if draw(st.booleans()) else None,
+        draw(st.sampled_from([1.0, 0.6])),
+        -100,
+        draw(st.sampled_from([0.0, 4.0])),
+        0,
+        start,
+        total,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(linear_calls(), st.sampled_from([1, 3, 16]))
+def test_products_and_sums_in_one_kernel(call, processors):
+    with mock.patch.object(linear_logprob_entropy_triton, "processors", return_value=processors):
+        running = linear_logprob_entropy_triton.fused_sums(call)
+    expected = linear_reference.sums(*call[:7], call.softcap, call.vocab_start)
+    if call.labels is not None:
+        expected[call.labels == -100, 3] = math.nan
+    spoiled = expected[:, :3].isnan().any(1)
+    torch.testing.assert_close(running[~spoiled], expected[~spoiled], rtol=2e-6, atol=2e-5, equal_nan=True)
+    assert running[spoiled, 0].isnan().all()
+
+
+def test_products_in_one_kernel_skip_what_the_mask_leaves_out_and_count_invalid_labels():
+    vocab = 300
+    hidden = torch.ones(3, 8, dtype=torch.bfloat16, device=DEVICE)
+    hidden[1] = math.nan
+    weight = torch.zeros(vocab, 8, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    labels = torch.tensor([vocab, vocab, 7], device=DEVICE)
+    before = ops.invalid_labels(DEVICE)
+    logprob, entropy = ops.linear_logprob_entropy(hidden, weight, labels, mask=mask, backend="triton")
+    assert logprob.tolist() == pytest.approx([0, 0, -math.log(vocab)])
+    assert entropy.tolist() == pytest.approx([math.log(vocab), 0, math.log(vocab)])
+    assert ops.invalid_labels(DEVICE) == before + 1
+
+
+def test_few_rows_of_16_bits_are_summed_in_one_kernel_and_others_tile_by_tile(monkeypatch):
+    calls = []
+    fused = linear_logprob_entropy_triton.fused_sums
+    monkeypatch.setattr(linear_logprob_entropy_triton, "_FUSED_ROWS", 3)
+    monkeypatch.setattr(
+        linear_logprob_entropy_triton, "fused_sums", lambda call: calls.append(len(call.hidden)) or fused(call)
+    )
+    for dtype, rows in ((torch.bfloat16, 3), (torch.float32, 2), (torch.bfloat16, 4)):
+        hidden, weight = (torch.zeros(size, 4, dtype=dtype, device=DEVICE) for size in (rows, 9))
+        entropy = ops.linear_logprob_entropy(hidden, weight, backend="triton")[1]
+        assert entropy.tolist() == pytest.approx([math.log(9)] * rows)
+    assert calls == [3]

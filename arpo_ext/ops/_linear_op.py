@@ -56,10 +56,18 @@ def _gradients_reference(call: LinearCall, upstream: Upstream, wanted: Wanted) -
     return tuple(t if want else None for t, want in zip(found, wanted, strict=True))
 
 
+def _sums_triton(call: LinearCall) -> Tensor:
+    # Imported here: a machine without Triton imports this file too.
+    from arpo_ext.ops import linear_logprob_entropy_triton
+
+    return linear_logprob_entropy_triton.sums(call)
+
+
 # Each names what sums up the tiles; the matrix products between are the same.
 _TILED = [name for name in SHARD_FORWARD if name != "reference"]
 _SUMS = {
     **{name: Backend(partial(_refuse_tiles, name), partial(tiles.sums, name)) for name in _TILED},
+    "triton": Backend(partial(_refuse_tiles, "triton"), _sums_triton),
     "reference": Backend(_serves, _sums_reference),
 }
 _COMBINE = {

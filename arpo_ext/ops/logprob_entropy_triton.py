@@ -301,18 +301,16 @@ def _pieces(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
     return pieces, triton.cdiv(triton.cdiv(vocab, pieces), 16) * 16
 
 
+_RESULTS = dict.fromkeys(("counter", "logprob", "entropy", "stats", "running"))
+
+
 def _read(call: LogitsCall, **results: Tensor | None) -> None:
     if call.logits.numel() == 0:
         return
-    arguments = row_arguments(call)
+    arguments = {**row_arguments(call), **_RESULTS, **results}
     rows, vocab, device = arguments["rows"], arguments["vocab"], call.logits.device
     pieces, length = _pieces(rows, vocab, device)
     arguments |= {
-        "logprob": None,
-        "entropy": None,
-        "stats": None,
-        "running": None,
-        **results,
         "counter": None if call.labels is None else invalid_label_counter(device),
         "pieces": pieces,
         "partials": None if pieces == 1 else call.logits.new_empty((rows, pieces, 3), dtype=torch.float32),
@@ -322,9 +320,20 @@ def _read(call: LogitsCall, **results: Tensor | None) -> None:
             **arguments, length=length, **_forward_tile(call.logits.dtype), num_warps=_WARPS, enable_fp_fusion=True
         )
         if pieces > 1:
-            merge_kernel[(rows,)](
-                **arguments, PIECES=triton.next_power_of_2(pieces), num_warps=1, enable_fp_fusion=True
-            )
+            _merge(arguments)
+
+
+def _merge(arguments: dict[str, object]) -> None:
+    merge_kernel[(arguments["rows"],)](
+        **arguments, PIECES=triton.next_power_of_2(arguments["pieces"]), num_warps=1, enable_fp_fusion=True
+    )
+
+
+def merge(described: dict[str, object], running: Tensor, partials: Tensor) -> None:
+    """Adds partials [N, pieces, 3] = (m, s, a) to `running`; `described` are row_arguments."""
+    pieces = partials.shape[1]
+    with on_device(partials):
+        _merge({**described, **_RESULTS, "running": running, "partials": partials, "pieces": pieces})
 
 
 def forward(call: LogitsCall, logprob: Tensor | None, entropy: Tensor, stats: Tensor | None) -> None:
