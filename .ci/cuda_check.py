@@ -31,6 +31,7 @@ STREAMING = {
     r"sum_rows": ("LDG",),
     r"sum_pieces": ("LDG",),
     r"backward_pieces": ("LDG", "STG"),
+    r"policy_loss_cuda\w+?tokens_kernel": ("LDG", "STG"),
     r"expand_rows_kernelI\w+?Lb1E": ("STG",),
 }
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc'}")

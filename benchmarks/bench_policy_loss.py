@@ -90,7 +90,9 @@ def _providers(tokens: Sequence[Tensor], smoke: bool) -> list[Provider]:
         return lambda: call
 
     providers = [Provider("arpo-ext", ours("auto"))]
-    if tokens[0].device.type == "cpu":
+    if tokens[0].device.type == "cuda":
+        providers.append(Provider("arpo-ext triton", ours("triton")))
+    else:
         providers += [Provider(f"arpo-ext {name}", ours(name)) for name in ("cpu-avx2", "cpu-portable")]
     providers.append(Provider("arpo-ext reference", ours("reference")))
     providers.append(Provider("torch eager", lambda: of_trainers(eager)))
