@@ -16,6 +16,7 @@
 #include "group_advantages.h"
 #include "huge_pages.h"
 #include "isa.h"
+#include "logits_stats.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
 #include "segment_advantages.h"
@@ -143,12 +144,6 @@ void check_rows_on_cpu(const LogitInputs& in) {
     }
 }
 
-#ifdef ARPO_HAVE_CUDA
-void check_counter(const LogitInputs& in, Address invalid_labels) {
-    ARPO_CHECK(invalid_labels != 0 || in.labels == nullptr, "labels need a counter of invalid ones");
-}
-#endif
-
 void bind_logprob_entropy(py::module_& m) {
     py::class_<LogitInputs>(m, "LogitInputs").def(py::init(&logit_inputs));
 
@@ -199,7 +194,6 @@ void bind_logprob_entropy(py::module_& m) {
           [](const LogitInputs& in, Address logprob, Address entropy, Address stats, Address partials,
              Address invalid_labels, int device, Address stream) {
               check_whole(in);
-              check_counter(in, invalid_labels);
               const LogprobEntropyForward args{in, at<float>(logprob), at<float>(entropy), at<float>(stats), 0};
               const LogprobEntropyScratch scratch{at<float>(partials), at<unsigned long long>(invalid_labels)};
               py::gil_scoped_release release;
@@ -207,16 +201,16 @@ void bind_logprob_entropy(py::module_& m) {
           });
     m.def("logprob_entropy_shard_cuda", [](const LogitInputs& in, Address running, Address partials,
                                            Address invalid_labels, int device, Address stream) {
-        check_counter(in, invalid_labels);
         const LogprobEntropyShard args{in, at<double>(running), 0};
         const LogprobEntropyScratch scratch{at<float>(partials), at<unsigned long long>(invalid_labels)};
         py::gil_scoped_release release;
         logprob_entropy_shard_cuda(args, scratch, device, at<void>(stream));
     });
+    m.def("logprob_entropy_row_bytes", &logprob_entropy_row_bytes);
     m.def("logprob_entropy_backward_cuda",
-          [](const LogitInputs& in, Address stats, Address grad_logprob, Address grad_entropy,
-             Address grad_logits, std::int64_t grad_inner, std::int64_t grad_outer_stride,
-             std::int64_t grad_inner_stride, int device, Address stream) {
+          [](const LogitInputs& in, Address stats, Address grad_logprob, Address grad_entropy, Address grad_logits,
+             std::int64_t grad_inner, std::int64_t grad_outer_stride, std::int64_t grad_inner_stride, Address rows,
+             int device, Address stream) {
               ARPO_CHECK(grad_inner >= 1, "inner rows must be at least 1, got ", grad_inner);
               const LogitRows grad_shape{in.shape.rows, in.shape.vocab, grad_inner, grad_outer_stride,
                                          grad_inner_stride};
@@ -224,8 +218,42 @@ void bind_logprob_entropy(py::module_& m) {
                                                 at<const float>(grad_entropy), grad_shape,
                                                 at<void>(grad_logits),         0};
               py::gil_scoped_release release;
-              logprob_entropy_backward_cuda(args, device, at<void>(stream));
+              logprob_entropy_backward_cuda(args, at<void>(rows), device, at<void>(stream));
           });
+#endif
+}
+
+LogitsStatsOutputs logits_stats_outputs(Address logprob, Address entropy, Address logsumexp, Address sum_p2,
+                                        Address argmax, Address argmax_logprob) {
+    return {at<float>(logprob), at<float>(entropy),       at<float>(logsumexp),
+            at<float>(sum_p2),  at<std::int64_t>(argmax), at<float>(argmax_logprob)};
+}
+
+void bind_logits_stats(py::module_& m) {
+    py::class_<LogitsStatsOutputs>(m, "LogitsStatsOutputs").def(py::init(&logits_stats_outputs));
+
+    m.def("logits_stats", [](int isa_code, int threads, const LogitInputs& in, const LogitsStatsOutputs& out) {
+        const Isa isa = choose_isa(isa_code);
+        ARPO_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
+        check_whole(in);
+        check_rows_on_cpu(in);
+        const LogitsStats args{in, out, threads};
+        if (in.shape.rows == 0) return;
+        py::gil_scoped_release release;
+        ARPO_CALL(isa, logits_stats, args);
+    });
+#ifdef ARPO_HAVE_CUDA
+    m.def("logits_stats_partials",
+          [](const LogitInputs& in, int device) { return logits_stats_partials(in.shape, device); });
+    m.def("logits_stats_cuda", [](const LogitInputs& in, const LogitsStatsOutputs& out, Address partials,
+                                  Address invalid_labels, int device, Address stream) {
+        check_whole(in);
+        ARPO_CHECK(in.shape.vocab <= 0x7fffffff, "logits_stats on a GPU takes up to 2^31 - 1 columns, got ",
+                   in.shape.vocab);
+        py::gil_scoped_release release;
+        logits_stats_cuda(in, out, at<float>(partials), at<unsigned long long>(invalid_labels), device,
+                          at<void>(stream));
+    });
 #endif
 }
 
@@ -563,6 +591,7 @@ void bind_policy_loss(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     arpo::bind_machine(m);
     arpo::bind_logprob_entropy(m);
+    arpo::bind_logits_stats(m);
     arpo::bind_branch_points(m);
     arpo::bind_branch_tokens(m);
     arpo::bind_group_advantages(m);

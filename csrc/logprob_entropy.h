@@ -39,7 +39,7 @@ struct LogprobEntropyBackward {
 };
 
 // What a GPU needs besides. partials: logprob_entropy_partials() floats, null if that is 0. invalid_labels: labels out
-// of range are treated as ignored and counted here, by the shard that holds column 0.
+// of range are treated as ignored and counted here, by the shard that holds column 0; null: not counted.
 struct LogprobEntropyScratch {
     float* partials;
     unsigned long long* invalid_labels;
@@ -51,7 +51,9 @@ void logprob_entropy_forward_cuda(const LogprobEntropyForward& args, const Logpr
                                   void* stream);
 void logprob_entropy_shard_cuda(const LogprobEntropyShard& args, const LogprobEntropyScratch& scratch, int device,
                                 void* stream);
-void logprob_entropy_backward_cuda(const LogprobEntropyBackward& args, int device, void* stream);
+// rows: logprob_entropy_row_bytes() bytes for each row, aligned to 16.
+std::int64_t logprob_entropy_row_bytes();
+void logprob_entropy_backward_cuda(const LogprobEntropyBackward& args, void* rows, int device, void* stream);
 
 ARPO_CPU_KERNEL(logprob_entropy_forward, LogprobEntropyForward)
 ARPO_CPU_KERNEL(logprob_entropy_shard, LogprobEntropyShard)

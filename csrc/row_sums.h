@@ -23,12 +23,15 @@ constexpr std::int64_t kElementsPerThread = 16384;  // below that, waking a thre
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 
-// With z = (x - max) / temperature and one arg-max left out: s = sum of e^z, a = sum of (x - max) e^z.
+// With z = (x - max) / temperature and one arg-max left out: s = sum of e^z, a = sum of (x - max) e^z. The last two only
+// where a template's kStats asks for them.
 struct RowSums {
     float max = -kInfinity;
     bool invalid = false;  // NaN or +inf met
     double s = 0;
     double a = 0;
+    double q = 0;              // sum of e^2z
+    std::int64_t argmax = -1;  // the first of them
 };
 
 // Adds the elements behind `other`, whose maximum is not larger. Its arg-max becomes an ordinary element.
@@ -39,8 +42,10 @@ void merge(RowSums& row, const RowSums& other, double temperature) {
     const double factor = std::exp(shift / temperature);
     row.a += factor * (other.a + shift * (other.s + 1));
     row.s += factor * (other.s + 1);
+    row.q += factor * factor * (other.q + 1);
 }
 
+// `two` comes after `one` in the row.
 RowSums joined(const RowSums& one, const RowSums& two, double temperature) {
     RowSums sums = two.max > one.max ? two : one;
     merge(sums, two.max > one.max ? one : two, temperature);
@@ -80,56 +85,6 @@ bool holds_nan(const T* x, std::int64_t steps) {
     return found > 0;
 }
 
-// Adds a block whose maximum is at most row.max. kCountMax: elements equal to the maximum are counted, not summed, so
-// that the arg-max can be left out without cancellation; returns how many. Meanwhile `next` is fetched into the cache,
-// because this part of the work has no memory traffic of its own.
-template <bool kCountMax, class T>
-std::int64_t add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, RowSums& row) {
-    const F32x16 maximum = F32x16::set(row.max);
-    F32x16 s0 = F32x16::set(0), s1 = s0, a0 = s0, a1 = s0;
-    std::int64_t others = 0;
-    for (std::int64_t i = 0; i < steps; ++i) {
-        for (std::size_t byte = 0; byte < kStep * sizeof(T); byte += 64) {
-            prefetch(reinterpret_cast<const char*>(next + i * kStep) + byte);
-        }
-        F32x16 x0, x1;
-        load2(x + i * kStep, x0, x1);
-        const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
-        F32x16 e0 = exp(d0), e1 = exp(d1);
-        if (kCountMax) {
-            const Mask16 other0 = not_equal(x0, maximum), other1 = not_equal(x1, maximum);
-            others += count(other0) + count(other1);
-            e0 = keep(other0, e0);
-            e1 = keep(other1, e1);
-        }
-        s0 = s0 + e0;
-        s1 = s1 + e1;
-        a0 = fma(d0, e0, a0);
-        a1 = fma(d1, e1, a1);
-    }
-    row.s += static_cast<double>(sum(s0)) + sum(s1);
-    row.a += static_cast<double>(sum(a0)) + sum(a1);
-    return kCountMax ? steps * kStep - others : 0;
-}
-
-template <class T>
-void add(const T* x, std::int64_t steps, const T* next, const Exp& exp, double temperature, RowSums& row) {
-    const float maximum = block_max(x, steps);
-    if (!(maximum < kInfinity)) row.invalid = true;
-    if (maximum == -kInfinity && row.max == -kInfinity) {
-        // Nothing to sum yet; the maximum of -inf and NaN may have come out as -inf.
-        if (holds_nan(x, steps)) row.invalid = true;
-    } else if (maximum > row.max) {
-        RowSums higher;
-        higher.max = maximum;
-        merge(higher, row, temperature);
-        row = higher;
-        row.s += static_cast<double>(add_block<true>(x, steps, next, exp, row) - 1);
-    } else {
-        add_block<false>(x, steps, next, exp, row);
-    }
-}
-
 template <class T>
 struct Padded {
     T values[kStep];
@@ -141,23 +96,6 @@ struct Padded {
 };
 
 template <class T>
-RowSums sum_range(const T* x, std::int64_t size, double temperature) {
-    const Exp exp(temperature);
-    RowSums row;
-    std::int64_t begin = 0;
-    for (; begin + kStep <= size && !row.invalid; begin += kBlock) {
-        const std::int64_t steps = (size - begin < kBlock ? size - begin : kBlock) / kStep;
-        add(x + begin, steps, x + begin + kBlock, exp, temperature, row);
-    }
-    const std::int64_t rest = size % kStep;
-    if (rest > 0) {
-        const Padded<T> tail(x + size - rest, rest);
-        add(tail.values, 1, tail.values, exp, temperature, row);
-    }
-    return row;
-}
-
-template <class T>
 float element(const T* x) {
     const Padded<T> padded(x, 1);
     F32x16 first, second;
@@ -165,6 +103,97 @@ float element(const T* x) {
     float floats[kStep];
     store2(floats, first, second);
     return floats[0];
+}
+
+// Index of the first element equal to `value`, or of the block's last one if none is.
+template <class T>
+std::int64_t first_equal(const T* x, std::int64_t steps, float value) {
+    const F32x16 wanted = F32x16::set(value);
+    std::int64_t i = 0;
+    for (; i + 1 < steps; ++i) {
+        F32x16 x0, x1;
+        load2(x + i * kStep, x0, x1);
+        if (count(not_equal(x0, wanted)) + count(not_equal(x1, wanted)) < kStep) break;
+    }
+    std::int64_t index = i * kStep;
+    while (index + 1 < steps * kStep && element(x + index) != value) ++index;
+    return index;
+}
+
+// Adds a block whose maximum is at most row.max. kHoldsMax: it holds that maximum. Elements equal to it are counted, not
+// summed, so that one of them can be left out without cancellation. Meanwhile `next` is fetched into the cache, because
+// this part of the work has no memory traffic of its own.
+template <bool kHoldsMax, bool kStats, class T>
+void add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, RowSums& row) {
+    const F32x16 maximum = F32x16::set(row.max);
+    F32x16 s0 = F32x16::set(0), s1 = s0, a0 = s0, a1 = s0, q0 = s0, q1 = s0;
+    std::int64_t others = 0;
+    for (std::int64_t i = 0; i < steps; ++i) {
+        for (std::size_t byte = 0; byte < kStep * sizeof(T); byte += 64) {
+            prefetch(reinterpret_cast<const char*>(next + i * kStep) + byte);
+        }
+        F32x16 x0, x1;
+        load2(x + i * kStep, x0, x1);
+        const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
+        F32x16 e0 = exp(d0), e1 = exp(d1);
+        if (kHoldsMax) {
+            const Mask16 other0 = not_equal(x0, maximum), other1 = not_equal(x1, maximum);
+            others += count(other0) + count(other1);
+            e0 = keep(other0, e0);
+            e1 = keep(other1, e1);
+        }
+        s0 = s0 + e0;
+        s1 = s1 + e1;
+        a0 = fma(d0, e0, a0);
+        a1 = fma(d1, e1, a1);
+        if (kStats) {
+            q0 = fma(e0, e0, q0);
+            q1 = fma(e1, e1, q1);
+        }
+    }
+    const double ties = kHoldsMax ? static_cast<double>(steps * kStep - others - 1) : 0;
+    row.s += static_cast<double>(sum(s0)) + sum(s1) + ties;
+    row.a += static_cast<double>(sum(a0)) + sum(a1);
+    if (kStats) row.q += static_cast<double>(sum(q0)) + sum(q1) + ties;
+}
+
+// `column` is that of x[0].
+template <bool kStats, class T>
+void add(const T* x, std::int64_t steps, const T* next, std::int64_t column, const Exp& exp, double temperature,
+         RowSums& row) {
+    const float maximum = block_max(x, steps);
+    if (!(maximum < kInfinity)) row.invalid = true;
+    if (maximum == -kInfinity && row.max == -kInfinity) {
+        // Nothing to sum yet; the maximum of -inf and NaN may have come out as -inf.
+        if (holds_nan(x, steps)) row.invalid = true;
+    } else if (maximum > row.max) {
+        RowSums higher;
+        higher.max = maximum;
+        if (kStats) higher.argmax = column + first_equal(x, steps, maximum);
+        merge(higher, row, temperature);
+        row = higher;
+        add_block<true, kStats>(x, steps, next, exp, row);
+    } else {
+        add_block<false, kStats>(x, steps, next, exp, row);
+    }
+}
+
+// Columns `first` to first + size of a row that starts at x.
+template <bool kStats = false, class T>
+RowSums sum_range(const T* x, std::int64_t first, std::int64_t size, double temperature) {
+    const Exp exp(temperature);
+    RowSums row;
+    const std::int64_t end = first + size, whole = end - size % kStep;
+    for (std::int64_t begin = first; begin < whole && !row.invalid; begin += kBlock) {
+        const std::int64_t steps = (whole - begin < kBlock ? whole - begin : kBlock) / kStep;
+        add<kStats>(x + begin, steps, x + begin + kBlock, begin, exp, temperature, row);
+    }
+    if (whole < end) {
+        const Padded<T> tail(x + whole, end - whole);
+        add<kStats>(tail.values, 1, tail.values, whole, exp, temperature, row);
+    }
+    row.invalid |= row.s != row.s;  // a NaN beside larger elements
+    return row;
 }
 
 double temperature_of(const LogitInputs& in, std::int64_t row) {
@@ -184,7 +213,7 @@ int useful_threads(const LogitInputs& in, int threads) {
 }
 
 // Few rows: threads share each row, in pieces of equal length.
-template <class T, class Finish>
+template <class T, bool kStats, class Finish>
 void sum_pieces(const LogitInputs& in, int threads, const Finish& finish) {
     const LogitRows& shape = in.shape;
     const std::int64_t pieces = threads;
@@ -194,9 +223,9 @@ void sum_pieces(const LogitInputs& in, int threads, const Finish& finish) {
     for (std::int64_t item = 0; item < shape.rows * pieces; ++item) {
         const std::int64_t row = item / pieces, begin = item % pieces * length;
         if (skipped(in, row) || begin >= shape.vocab) continue;
-        const T* x = static_cast<const T*>(in.logits) + shape.offset(row) + begin;
+        const T* x = static_cast<const T*>(in.logits) + shape.offset(row);
         const std::int64_t size = shape.vocab - begin < length ? shape.vocab - begin : length;
-        parts[item] = sum_range(x, size, temperature_of(in, row));
+        parts[item] = sum_range<kStats>(x, begin, size, temperature_of(in, row));
     }
     for (std::int64_t row = 0; row < shape.rows; ++row) {
         if (skipped(in, row)) continue;
@@ -209,18 +238,18 @@ void sum_pieces(const LogitInputs& in, int threads, const Finish& finish) {
 }
 
 // Calls finish(row, x, sums) for every row that is not masked, from any thread.
-template <class T, class Finish>
+template <class T, bool kStats = false, class Finish>
 void sum_rows(const LogitInputs& in, int most_threads, const Finish& finish) {
     const LogitRows& shape = in.shape;
     const int threads = useful_threads(in, most_threads);
     if (threads > 1 && shape.rows < 2 * threads && shape.rows * threads <= kMaxPieces) {
-        return sum_pieces<T>(in, threads, finish);
+        return sum_pieces<T, kStats>(in, threads, finish);
     }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t row = 0; row < shape.rows; ++row) {
         if (skipped(in, row)) continue;
         const T* x = static_cast<const T*>(in.logits) + shape.offset(row);
-        finish(row, x, sum_range(x, shape.vocab, temperature_of(in, row)));
+        finish(row, x, sum_range<kStats>(x, 0, shape.vocab, temperature_of(in, row)));
     }
 }
 

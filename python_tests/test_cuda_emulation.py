@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 import types
 
 import cuda_emulation
@@ -11,12 +12,15 @@ import test_branch_tokens
 import test_expand_advantages
 import test_group_advantages
 import test_linear_logprob_entropy
+import test_logits_stats
 import test_logprob_entropy
 import test_policy_loss
 import test_policy_loss_forms
+import test_shards
 import torch
 
-from arpo_ext.ops import _linear_tiles
+from arpo_ext import ops
+from arpo_ext.ops import _dispatch, _invalid_labels, _linear_tiles
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulation.missing() is not None, reason=str(cuda_emulation.missing())),
@@ -86,6 +90,8 @@ def gpu_tests_of(module, *, leave_out=()):
 
 
 TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_rows_are_named", "test_opcheck"})
+TestLogitsStats = gpu_tests_of(test_logits_stats)
+TestShards = gpu_tests_of(test_shards)
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
 TestGroupAdvantages = gpu_tests_of(test_group_advantages)
@@ -104,6 +110,50 @@ class TestLinearLogprobEntropy(gpu_tests_of(test_linear_logprob_entropy, leave_o
     @pytest.fixture
     def small_tiles(self, monkeypatch):
         test_linear_logprob_entropy.make_small_tiles(monkeypatch)
+
+
+class TestCounterOfInvalidLabels(Emulated):
+    """A graph's capture may start at any time; the counter must be older, or stay away."""
+
+    LOGITS, LABELS = torch.zeros(2, 9), torch.tensor([9, 3])
+
+    @pytest.fixture(autouse=True)
+    def counters(self, monkeypatch):
+        monkeypatch.setattr(_invalid_labels, "_counters", {})
+        return _invalid_labels._counters
+
+    def test_public_functions_make_it_before_the_op(self, counters, monkeypatch):
+        capturing = []
+        monkeypatch.setattr(_invalid_labels, "_capturing", lambda device: bool(capturing))
+        module = sys.modules["arpo_ext.ops.logprob_entropy"]  # ops.logprob_entropy is the function
+        monkeypatch.setattr(module, "choose", lambda *args: capturing.append(True) or _dispatch.choose(*args))
+        ops.logprob_entropy(self.LOGITS, self.LABELS, backend="cuda")
+        assert capturing
+        assert ops.invalid_labels("cpu") == 1
+
+    def test_an_op_called_in_a_capture_without_one_counts_nothing(self, counters, monkeypatch):
+        monkeypatch.setattr(_invalid_labels, "_capturing", lambda device: True)
+        for function in (ops.logprob_entropy, ops.logits_stats):
+            logprob = function(self.LOGITS, self.LABELS, backend="cuda")[0]
+            assert logprob[0] == 0
+        assert counters == {}
+        assert ops.invalid_labels("cpu") == 0
+
+    def test_tracing_makes_it_and_the_graph_does_not(self, counters):
+        torch._dynamo.reset()
+        seen = []
+
+        def backend(graph, inputs):
+            seen.append((len(counters), str(graph.code)))
+            return graph
+
+        def call(logits, labels):
+            return ops.logprob_entropy(logits, labels, backend="cuda")[0]
+
+        torch.compile(call, fullgraph=True, backend=backend)(self.LOGITS, self.LABELS)
+        assert [count for count, _ in seen] == [1]
+        assert "zeros" not in seen[0][1]
+        assert ops.invalid_labels("cpu") == 1
 
 
 FAULTS = [

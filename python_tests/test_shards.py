@@ -134,6 +134,11 @@ def test_running_holds_what_its_definition_says():
         s = math.exp(-4) + math.exp(-2) + 1
         expected = [3, s, -2 * math.exp(-4) - math.exp(-2), 2]
         assert running[0].tolist() == pytest.approx(expected, rel=1e-6)
+        for bad in (math.nan, INF):
+            spoilt = new_running(given)
+            for part in (first, second):
+                shard_forward(part._replace(logits=torch.tensor([[bad, 9.0]]).to(given)), spoilt, backend)
+                assert spoilt[0, 0].isnan()
 
 
 @EVERYWHERE

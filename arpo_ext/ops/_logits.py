@@ -1,4 +1,4 @@
-"""What the ops over rows of logits share: their checked arguments, the layout of the rows, labels out of range."""
+"""What the ops over rows of logits share: their checked arguments, the layout of the rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops import _native
+from arpo_ext.ops._invalid_labels import invalid_label_counter, prepare_invalid_label_counter
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,6 +69,8 @@ def checked_call(
     for name, tensor in (("labels", labels), ("mask", mask), ("temperature", temperatures)):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+    if labels is not None and _native.device_kind(labels) == "cuda":
+        prepare_invalid_label_counter(labels.device)
     return LogitsCall(logits, labels, mask, temperatures, float(temperature), ignore_index)
 
 
@@ -153,7 +156,9 @@ def without_invalid_labels(call: LogitsCall, *, count: bool = True) -> LogitsCal
             )
         return call
     if count and call.vocab_start == 0:  # all shards see the label
-        invalid_label_counter(call.logits.device).add_(invalid.sum())
+        counter = invalid_label_counter(call.logits.device)
+        if counter is not None:
+            counter.add_(invalid.sum())
     return call._replace(labels=call.labels.masked_fill(invalid, call.ignore_index))
 
 
@@ -167,29 +172,3 @@ def check_temperatures(call: LogitsCall) -> None:
         raise ValueError(
             f"temperature must be positive, in 1e-30 to 1e30, got {call.temperatures.expand_as(wrong)[wrong][0]:g}"
         )
-
-
-_invalid_label_counters: dict[torch.device, Tensor] = {}
-
-
-def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def invalid_label_counter(device: torch.device) -> Tensor:
-    if device not in _invalid_label_counters:
-        # A sampler's first call is often in inference mode; a counter made there could not be added to outside it.
-        with torch.inference_mode(False):
-            _invalid_label_counters[device] = torch.zeros((), dtype=torch.int64, device=device)
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            # Once: a call on another stream must not count before the zero is there.
-            torch.cuda.current_stream(device).synchronize()
-    return _invalid_label_counters[device]
-
-
-def invalid_labels(device: torch.device | str) -> int:
-    """How many labels on this CUDA device were out of range so far (treated as ignored). Waits for the device."""
-    counter = _invalid_label_counters.get(_indexed(torch.device(device)))
-    return 0 if counter is None else int(counter.item())

@@ -10,10 +10,10 @@ from torch import Tensor
 from arpo_ext.ops import _native
 from arpo_ext.ops import logprob_entropy_reference as reference
 from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cpu, refuse_cuda, refuse_triton
+from arpo_ext.ops._invalid_labels import invalid_label_counter
 from arpo_ext.ops._logits import (
     LogitsCall,
     check_temperatures,
-    invalid_label_counter,
     native_inputs,
     refuse_layout,
     row_layout,
@@ -84,8 +84,10 @@ def _backward_cuda(
     upstream = [None if grad is None else grad.contiguous() for grad in (grad_logprob, grad_entropy)]
     out_layout = row_layout(out)
     assert out_layout is not None
+    rows = stats.new_empty((stats[0].numel(), _native.C.logprob_entropy_row_bytes()), dtype=torch.uint8)
+    given = (stats, *upstream, out)
     _native.C.logprob_entropy_backward_cuda(
-        inputs, stats.data_ptr(), *map(_native.pointer, upstream), out.data_ptr(), *out_layout, *_native.place(out)
+        inputs, *map(_native.pointer, given), *out_layout, rows.data_ptr(), *_native.place(out)
     )
 
 

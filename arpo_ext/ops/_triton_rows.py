@@ -106,7 +106,8 @@ def finish_row(
     if labels is not None:
         column, wanted, invalid = label_of(row, labels, vocab, vocab_start, vocab_total, ignore_index)
         # Every shard sees the label: the first one counts it.
-        tl.atomic_add(counter, 1, mask=invalid & (vocab_start == 0))
+        if counter is not None:
+            tl.atomic_add(counter, 1, mask=invalid & (vocab_start == 0))
     x_label = tl.load(x + column, mask=column >= 0, other=0.0).to(tl.float32)
     if running is not None:
         temperature = tl.cast(high, tl.float64) + rest

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arpo_ext.ops._logits import LogitsCall, invalid_label_counter, row_layout
+from arpo_ext.ops._invalid_labels import invalid_label_counter
+from arpo_ext.ops._logits import LogitsCall, row_layout
 from arpo_ext.ops._triton import (
     ALIGNMENT,
     INFINITY,
