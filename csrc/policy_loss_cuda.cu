@@ -5,9 +5,9 @@
 // depends on the shape alone, never through atomics on floats, so equal inputs give equal bits.
 //
 // Ratios over groups are found before that: the first and last token of each group (integer atomics, at run ends only),
-// then one block per group adds up its tokens between them. Groups that stand together cost two reads of the inputs in
-// all; interleaved ones read what lies between as well. Packed paths add a kernel with a thread per leaf, which walks to
-// the root, and one with a block per segment, which walks up from every leaf: S * L * depth steps.
+// then one block per group adds up its tokens between them. Groups that stand together cost two reads of the inputs;
+// interleaved ones read what lies between as well. Packed paths add a kernel with a thread per leaf, which walks to the
+// root, and one with a block per segment, which walks up from every leaf: S * L * depth steps.
 #include <cmath>
 
 #include "cuda_utils.cuh"
@@ -377,7 +377,8 @@ __global__ void __launch_bounds__(kThreads)
             loss += value_of(rule.kl_coef) * totals[kSumRefKlK1 + static_cast<int>(rule.kl) - 1];
         }
         loss -= value_of(rule.entropy_coef) * totals[kSumEntropy];
-        *out.loss = workspace.misplaced && *workspace.misplaced != 0 ? kNan : static_cast<float>(loss / value_of(rule.normalizer));
+        if (workspace.misplaced && *workspace.misplaced != 0) loss = kNan;
+        *out.loss = static_cast<float>(loss / value_of(rule.normalizer));
     }
 }
 

@@ -244,4 +244,4 @@ def _number_tensor(name: str, number: float | Tensor) -> Tensor | None:
         return None
     if number.ndim != 0:
         raise ValueError(f"policy_loss: got {name} of shape {list(number.shape)}; expected a 0-d tensor")
-    return number.detach()
+    return number.detach() if number.requires_grad else number

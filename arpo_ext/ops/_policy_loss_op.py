@@ -129,10 +129,10 @@ def _plain(call: PolicyLossCall) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
-    return all(tensor is None or type(tensor) in _PLAIN_TYPES for tensor in call[:TENSORS])
+    return {type(tensor) for tensor in call[:TENSORS]} <= _PLAIN_TYPES
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def _run_op(backend: str, call: PolicyLossCall) -> tuple[Tensor, Tensor]:
