@@ -173,6 +173,26 @@ def test_packed_paths_equal_the_flat_rows(backend, clip, seed):
             torch.testing.assert_close(value, expected, msg=name, **close)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+@pytest.mark.parametrize("ratio", ["token", "turn"])
+def test_log_ratios_beyond_the_guard(backend, clip, ratio):
+    """No gradient there, but for cispo; a reference policy as far away has none from k3 either."""
+    x = torch.tensor([25.0, -25.0, 100.0, -100.0, 3.0, -3.0, 20.0, -20.0])
+    advantage = torch.tensor([1.0, -1.0]).repeat_interleave(8)
+    tokens = [torch.cat([x, x]), torch.zeros(16), advantage, torch.ones(16)]
+    arguments = {"normalizer": 4.0, "ratio": ratio, "ref_logprob": torch.zeros(16), "kl": "k3", "kl_coef": 1e-3, **clip}
+    if ratio == "turn":
+        arguments["segment"] = torch.arange(16)
+    loss, gradient, sums = run(tokens, backend, **arguments)
+    true_loss, true_gradient, true_sums = run([t.double() for t in tokens], "reference", **in_double(arguments))
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-7)
+    assert (gradient[:4] == 0).all() == (clip.get("clip") != "cispo")
+    for name, value, true in zip(sums._fields, sums, true_sums, strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize("ratio", ["turn", "sequence"])
 @settings(deadline=None, max_examples=15)
