@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # Each has a module bench_<op>.
 BENCHES = (
     "logprob_entropy",
+    "logits_stats",
     "linear_logprob_entropy",
     "branch_points",
     "branch_tokens",

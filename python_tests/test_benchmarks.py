@@ -4,13 +4,15 @@ import csv
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import _harness, _installed, _measure, tables
+from arpo_ext import ops
+from benchmarks import BENCHES, _harness, _installed, _measure, tables
 from benchmarks._harness import Case, Provider, Unavailable
-from benchmarks.bars import Bar
+from benchmarks.bars import CPU_BARS, GPU_BARS, Bar
 
 MIB = 1 << 20
 
@@ -221,6 +223,12 @@ def test_tables_between_marks_are_rewritten_and_unknown_ones_refused(monkeypatch
     assert tables.rendered(tables.rendered(text)) == tables.rendered(text)
     with pytest.raises(ValueError, match="no table 'other'; expected one of ops_cpu"):
         tables.rendered("<!-- table other -->\n<!-- end -->")
+
+
+def test_every_op_is_in_the_run_of_all():
+    folder = Path(ops.__file__).parent
+    assert {path.stem.removesuffix("_reference") for path in folder.glob("*_reference.py")} == set(BENCHES)
+    assert {case["op"] for bar in (*CPU_BARS, *GPU_BARS) for case in bar.cases} <= set(BENCHES)
 
 
 @pytest.mark.gpu
