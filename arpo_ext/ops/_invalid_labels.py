@@ -32,10 +32,14 @@ def invalid_label_counter(device: torch.device) -> Tensor | None:
     return _counters.get(device)
 
 
-@torch.compiler.assume_constant_result
 def prepare_invalid_label_counter(device: torch.device) -> bool:
     """For public functions, before the op that counts."""
     return invalid_label_counter(device) is not None
+
+
+# What torch.compiler.assume_constant_result sets, so that a trace runs the function and does not look inside. The
+# decorator itself imports torch._dynamo and with it triton: seconds, for everybody who imports this package.
+prepare_invalid_label_counter._dynamo_marked_constant = True
 
 
 def invalid_labels(device: torch.device | str) -> int:
