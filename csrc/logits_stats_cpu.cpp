@@ -1,5 +1,5 @@
-// One read of the logits (row_sums.h). Of the work beside the read, one fused multiply-add for each element and a search
-// for each block that raises the maximum come on top of logprob_entropy's.
+// One read of the logits (row_sums.h). Of the work beside the read, one fused multiply-add for each element and a
+// search for each block that raises the maximum come on top of logprob_entropy's.
 #include "logits_stats.h"
 
 #include <cmath>

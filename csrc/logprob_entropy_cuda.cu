@@ -82,8 +82,8 @@ struct alignas(16) RowGradient {
     std::int64_t label;  // its column; -1: not in these columns
 };
 
-// One thread per row. A launch of its own, because in place a block could overwrite the label's logit before another one
-// of the same row has read it; and because a block of the second kernel lives too short to work this out once more.
+// One thread per row. A launch of its own, because in place a block could overwrite the label's logit before another
+// one of the same row has read it; and because a block of the second kernel lives too short to work this out once more.
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_gradients(const LogprobEntropyBackward args, RowGradient* found) {
     const LogitInputs& in = args.in;

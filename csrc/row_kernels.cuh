@@ -73,8 +73,8 @@ int multiprocessors(int device) {
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Pieces of a row, none shorter than 8192 elements: the fewest that leave at most a tenth of the device idle when the
-// blocks run in waves, else those that leave least idle. 64 rows of 151,936 on 132 multiprocessors: 8 pieces, one wave of
-// 512 blocks; 9 would make a second wave of 48. 8192 rows: whole.
+// blocks run in waves, else those that leave least idle. 64 rows of 151,936 on 132 multiprocessors: 8 pieces, one wave
+// of 512 blocks; 9 would make a second wave of 48. 8192 rows: whole.
 int piece_count(const LogitRows& shape, int device) {
     const double wave = static_cast<double>(kBlocksPerSm) * multiprocessors(device);
     const std::int64_t most = shape.vocab / 8192;

@@ -1,11 +1,11 @@
-// One read of rows of logits on the GPU: for each row its maximum and the sums that log-probability and entropy are made
-// of. Included by *_cuda.cu only.
+// One read of rows of logits on the GPU: for each row its maximum and the sums that log-probability and entropy are
+// made of. Included by *_cuda.cu only.
 //
-// Floor: the bytes of the logits at the speed of DRAM, 0.52 ms for [8192, 151936] bfloat16 at 4.8 TB/s; not yet measured.
-// Two things must not be slower. Loads: each of the 4 x 256 threads of a multiprocessor has 4 x 16 bytes in flight, 64 KiB;
-// 4.8 TB/s with 0.8 us of latency over 132 multiprocessors take 29 KiB. Instructions: at that speed a multiprocessor
-// gets 9 bfloat16 elements a cycle at 1.98 GHz and issues 128, so 14 for each. Hence the shape of add_group: it takes 9
-// (12 in float32, of which half as many come).
+// Floor: the bytes of the logits at the speed of DRAM, 0.52 ms for [8192, 151936] bfloat16 at 4.8 TB/s; not yet
+// measured. Two things must not be slower. Loads: each of the 4 x 256 threads of a multiprocessor has 4 x 16 bytes in
+// flight, 64 KiB; 4.8 TB/s with 0.8 us of latency over 132 multiprocessors take 29 KiB. Instructions: at that speed a
+// multiprocessor gets 9 bfloat16 elements a cycle at 1.98 GHz and issues 128, so 14 for each. Hence the shape of
+// add_group: it takes 9 (12 in float32, of which half as many come).
 //
 // A block reads a row (or a piece of one, where rows are few) once, in 16-byte loads; each warp keeps a maximum of its
 // own, so that most groups of elements need no rescale.
@@ -176,7 +176,8 @@ __device__ void add_group(const float (&x)[kCount], const Column& column, const 
     if constexpr (kStats) sums.q += q;
 }
 
-// Sums of x[0..size), columns first_column and up of the row, valid in thread 0. All threads of the block call together.
+// Sums of x[0..size), columns first_column and up of the row, valid in thread 0. All threads of the block call
+// together.
 template <bool kStats, class T>
 __device__ RowSums<kStats> sum_range(const T* x, std::int64_t size, std::int64_t first_column, const Exp& exp) {
     constexpr int kPack = Pack<T>::kSize;
@@ -186,8 +187,8 @@ __device__ RowSums<kStats> sum_range(const T* x, std::int64_t size, std::int64_t
     head = head < size ? head : size;
     const std::int64_t packs = (size - head) / kPack;
     const Pack<T>* body = reinterpret_cast<const Pack<T>*>(x + head);
-    // At most kPack - 1 elements before the aligned packs and as many after: one per lane of the first warp. They come in
-    // the order of the row, so that among equal maxima the first stays.
+    // At most kPack - 1 elements before the aligned packs and as many after: one per lane of the first warp. They come
+    // in the order of the row, so that among equal maxima the first stays.
     const auto add_few = [&](std::int64_t begin, std::int64_t end) {
         if (threadIdx.x >= kWarp || begin >= end) return;
         const std::int64_t index = begin + threadIdx.x;

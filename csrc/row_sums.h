@@ -1,8 +1,8 @@
-// One read of rows of logits: for each row its maximum and the sums that log-probability and entropy are made of. Included
-// by *_cpu.cpp only, once per instruction set, after vec.h; everything lives in that set's namespace.
+// One read of rows of logits: for each row its maximum and the sums that log-probability and entropy are made of.
+// Included by *_cpu.cpp only, once per instruction set, after vec.h; everything lives in that set's namespace.
 //
-// A row is read in blocks that stay in the first-level cache; of each block first the maximum, then the sums relative to
-// the row's maximum so far. Thus DRAM is read once, and sums are rescaled a few times per row, not once per vector.
+// A row is read in blocks that stay in the first-level cache; of each block first the maximum, then the sums relative
+// to the row's maximum so far. Thus DRAM is read once, and sums are rescaled a few times per row, not once per vector.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@ constexpr std::int64_t kElementsPerThread = 16384;  // below that, waking a thre
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 
-// With z = (x - max) / temperature and one arg-max left out: s = sum of e^z, a = sum of (x - max) e^z. The last two only
-// where a template's kStats asks for them.
+// With z = (x - max) / temperature and one arg-max left out: s = sum of e^z, a = sum of (x - max) e^z. The last two
+// only where a template's kStats asks for them.
 struct RowSums {
     float max = -kInfinity;
     bool invalid = false;  // NaN or +inf met
@@ -120,9 +120,9 @@ std::int64_t first_equal(const T* x, std::int64_t steps, float value) {
     return index;
 }
 
-// Adds a block whose maximum is at most row.max. kHoldsMax: it holds that maximum. Elements equal to it are counted, not
-// summed, so that one of them can be left out without cancellation. Meanwhile `next` is fetched into the cache, because
-// this part of the work has no memory traffic of its own.
+// Adds a block whose maximum is at most row.max. kHoldsMax: it holds that maximum. Elements equal to it are counted,
+// not summed, so that one of them can be left out without cancellation. Meanwhile `next` is fetched into the cache,
+// because this part of the work has no memory traffic of its own.
 template <bool kHoldsMax, bool kStats, class T>
 void add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, RowSums& row) {
     const F32x16 maximum = F32x16::set(row.max);

@@ -2,10 +2,12 @@
 // once per instruction set, and everything in it lives in that set's namespace: the same inline function compiled with
 // other instructions is another function, never a copy the linker may pick instead.
 //
-// F32x16 has + - * /, fma(a, b, c) = a*b + c, max and min (b if either is NaN), not_equal (true for NaN), greater (false
-// for NaN), choose(mask, yes, no), and exp below. load and store move 16 adjacent floats; load_pairs reads 16 pairs.
-// load2/store2 move 32 adjacent elements of any Dtype, in an order of the type's own on which both agree: two-byte types
-// may come as even and odd elements, which costs one instruction a vector instead of two.
+// F32x16 has + - * /, fma(a, b, c) = a*b + c, max and min (b if either is NaN), not_equal (true for NaN), greater
+// (false for NaN), choose(mask, yes, no), and exp below. load and store move 16 adjacent floats; load_pairs reads 16
+// pairs. load2/store2 move 32 adjacent elements of any Dtype, in an order of the type's own on which both agree:
+// two-byte types may come as even and odd elements, which costs one instruction a vector instead of two. Stored as
+// BFloat16, NaN stays NaN if it is the usual quiet one (kNan in row_sums.h) or was loaded as BFloat16: a test for
+// others slows gradients by a tenth.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +31,9 @@ namespace ARPO_ISA {
 #include "vec_portable.h"
 #endif
 
-// Natural exponential of d / temperature for d <= 0, as 2^n * 2^f with n + f = d * log2(e) / temperature.
-// Relative error below 1.35e-7 plus the rounding of d, down to 2^-126. Below that it fades to 0, and 0 it is from 2^-127
-// on: -inf is probability 0. NaN stays NaN.
+// Natural exponential of d / temperature for d <= 0, as 2^n * 2^f with n + f = d * log2(e) / temperature. Relative
+// error below 1.35e-7 plus the rounding of d, down to 2^-126. Below that it fades to 0, and 0 it is from 2^-127 on:
+// -inf is probability 0. NaN stays NaN.
 struct Exp {
     F32x16 scale_high, scale_low, lowest;  // scale = log2(e) / temperature, as the sum of two floats
 #ifndef ARPO_TABLE
@@ -73,8 +75,8 @@ struct Exp {
         return fma(power, p * f, power);
     }
 #else
-    // d must be clamped. n in whole steps: n + 127 in the low bits; shifted to the exponent field that is 2^n, and 0 for
-    // n = -127.
+    // d must be clamped. n in whole steps: n + 127 in the low bits; shifted to the exponent field that is 2^n, and 0
+    // for n = -127.
     F32x16 operator()(F32x16 d) const {
         const F32x16 magic = F32x16::set(12582912.0f + 127.0f);
         const F32x16 n_biased = fma(d, scale_high, magic);

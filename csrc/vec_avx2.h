@@ -104,20 +104,15 @@ inline void load2(const Half* p, F32x16& a, F32x16& b) {
     b = {half_to_float(p + 16), half_to_float(p + 24)};
 }
 
-// Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
+// Nearest-even bfloat16 in the high half of each 32-bit lane. Of the NaNs, one whose payload is all ones becomes 0.
 inline __m256i round_bfloat16(__m256 a) {
     const __m256i bits = _mm256_castps_si256(a);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
-    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 
 inline __m256i pack(const BFloat16*, __m256 even, __m256 odd) {
-    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    const __m256i high = _mm256_and_si256(round_bfloat16(odd), mask);
-    return _mm256_or_si256(high, _mm256_srli_epi32(round_bfloat16(even), 16));
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_bfloat16(even), 16), round_bfloat16(odd), 0xaa);
 }
 // 32 elements as two registers, in the order of memory.
 inline void pack(const BFloat16* type, F32x16 even, F32x16 odd, __m256i& first, __m256i& second) {

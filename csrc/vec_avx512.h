@@ -64,18 +64,15 @@ inline void load2(const Half* p, F32x16& a, F32x16& b) {
     b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
 }
 
-// Nearest-even bfloat16 in the high half of each 32-bit lane; NaN stays NaN.
+// Nearest-even bfloat16 in the high half of each 32-bit lane. Of the NaNs, one whose payload is all ones becomes 0.
 inline __m512i round_bfloat16(F32x16 a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    return _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
 
 inline __m512i pack(const BFloat16*, F32x16 even, F32x16 odd) {
-    const __m512i high = _mm512_and_si512(round_bfloat16(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-    return _mm512_or_si512(high, _mm512_srli_epi32(round_bfloat16(even), 16));
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bfloat16(even), 16), round_bfloat16(odd));
 }
 
 inline __m512i pack(const Half*, F32x16 a, F32x16 b) {

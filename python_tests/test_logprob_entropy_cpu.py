@@ -98,6 +98,20 @@ def test_large_gradients_bypass_the_cache_unchanged(backend, dtype):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+def test_any_nan_upstream_stays_nan(backend, dtype):
+    """Rounding to bfloat16 adds to the bits: a payload of all ones would carry into the sign and come out as 0."""
+    all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    labels = torch.tensor([0, 100, 64])
+    for used in range(2):
+        leaf = random_logits(3, 101, dtype=dtype).requires_grad_()
+        result = ops.logprob_entropy(leaf, labels, backend=backend)[used]
+        (gradient,) = torch.autograd.grad(result, leaf, torch.cat((torch.ones(1), all_ones, all_ones)))
+        assert gradient[0].isfinite().all()
+        assert gradient[1:].isnan().all()
+
+
 def test_large_gradients_are_written_in_huge_pages(monkeypatch):
     asked = []
     monkeypatch.setattr(_native.C, "prefer_huge_pages", lambda *range_: asked.append(range_))
