@@ -8,7 +8,7 @@ its own.
 import pytest
 
 from arpo_ext import ops
-from arpo_ext.ops._dispatch import triton_interprets as triton_interprets
+from arpo_ext.ops._dispatch import triton_interprets
 
 USABLE = ops.available_backends()
 ON_CPU = ["cpu-avx512", "cpu-avx2", "cpu-portable", "reference", *(["triton"] if triton_interprets() else [])]
@@ -17,6 +17,11 @@ ON_GPU = ["cuda", *([] if triton_interprets() else ["triton"])]
 
 def device_of(backend: str) -> str:
     return "cuda" if backend in ON_GPU else "cpu"
+
+
+def examples(count: int) -> int:
+    """How many examples of a property to draw: the interpreter takes milliseconds for every program of a kernel."""
+    return min(count, 6) if triton_interprets() else count
 
 
 def everywhere(*only: str) -> list:

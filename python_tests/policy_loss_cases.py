@@ -4,8 +4,9 @@ import inspect
 import math
 from collections import defaultdict
 
-import pytest
+import backends
 import torch
+from backends import everywhere
 
 from arpo_ext import ops
 from arpo_ext.ops import _native
@@ -13,7 +14,7 @@ from arpo_ext.ops._dispatch import CPU_BACKENDS
 from arpo_ext.ops._policy_loss import checked_call
 
 CPU = [name for name, isa in CPU_BACKENDS.items() if _native.cpu_missing(isa) is None]
-FAST = [*CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
+FAST = [*CPU, *everywhere("cuda", "triton")]
 
 CLIPS = [
     {},
@@ -98,7 +99,7 @@ def made_groups(count, ratio, seed=0, *, sizes=(1, 2, 7, 40), shuffle=False, dty
 
 def device_of(backend):
     """Where a backend's tensors live; emulated CUDA kernels take those of the CPU."""
-    return "cuda" if backend == "cuda" and _native.device_kind(torch.empty(0)) == "cpu" else "cpu"
+    return backends.device_of(backend) if _native.device_kind(torch.empty(0)) == "cpu" else "cpu"
 
 
 def run(tokens, backend="auto", **arguments):

@@ -38,6 +38,8 @@ EXTRAS = {
     "ops/_triton_rows.py": {"triton"},
     "ops/logprob_entropy_triton.py": {"triton"},
     "ops/linear_logprob_entropy_triton.py": {"triton"},
+    "ops/_triton_policy.py": {"triton"},
+    "ops/policy_loss_triton.py": {"triton"},
     "tools/browser.py": {"httpcore", "httpx", "trafilatura"},
     "tools/web_page.py": {"httpcore", "trafilatura"},
     "tools/cache.py": {"diskcache"},

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backends import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_cases import CPU, FAST, checked, device_of, made_tokens, naive, run
@@ -83,7 +84,7 @@ def test_the_third_kl_estimate_keeps_its_digits_near_zero(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pair", [False, True])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.integers(1, 300), st.lists(st.integers(0, 300), max_size=6), st.integers(0, 99))
 def test_any_split_into_micro_batches_gives_the_same_step(backend, pair, count, cuts, seed):
     tokens = made_tokens(count, seed=seed, pair=pair)

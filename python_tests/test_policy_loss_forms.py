@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import everywhere, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_cases import (
@@ -85,7 +86,7 @@ def test_every_form_is_as_close_to_float64_as_plain_torch(backend, ratio, clip, 
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(data=st.data())
 def test_any_combination_of_arguments_agrees(backend, data):
     count = data.draw(st.integers(1, 400))
@@ -195,7 +196,7 @@ def test_log_ratios_beyond_the_guard(backend, clip, ratio):
 
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize("ratio", ["turn", "sequence"])
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(st.integers(1, 200), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 99))
 def test_a_split_between_groups_gives_the_same_step(backend, ratio, count, cuts, seed):
     tokens = made_tokens(count, seed=seed)
@@ -432,7 +433,7 @@ def test_indices_out_of_range_are_named_on_the_cpu(backend, arguments, message):
         ops.policy_loss(*[torch.ones(3)] * 4, normalizer=1.0, backend=backend, **arguments)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", everywhere("cuda", "triton"))
 @OUT_OF_RANGE
 def test_indices_out_of_range_elsewhere_make_the_loss_nan(backend, arguments, message):
     loss, _, _ = run([torch.ones(3)] * 4, backend, normalizer=1.0, **arguments)

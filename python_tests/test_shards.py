@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from backends import ON_CPU, USABLE, device_of, everywhere, triton_interprets
+from backends import ON_CPU, USABLE, device_of, everywhere, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ def rows_and_cuts(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=8 if triton_interprets() else 60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(rows_and_cuts())
 def test_any_cuts_give_what_one_read_gives(backend, drawn):
     logits, labels, cuts, temperature = drawn

@@ -23,9 +23,13 @@ LEFT_OUT = [
     "strided and float16",
     "spoils and (31- or 32- or 8192-)",
     "make_up and (True-None or False-2.0 or None-True)",
+    "trained_token_shows and (turn or gppo or cispo or sapo)",
+    "every_form and 3000-True and (turn or token)",
+    "many_blocks",
 ]
 INTERPRETED = " and ".join(["triton", *(f"not ({what})" for what in LEFT_OUT)])
-FILES = ["test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py", "test_triton_kernels.py"]
+FILES = ["test_triton_kernels.py", "test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py"]
+FILES += ["test_policy_loss.py", "test_policy_loss_forms.py"]
 
 
 @pytest.mark.slow
@@ -73,7 +77,15 @@ POINTERS |= dict.fromkeys(("hidden", "weight", "bias"), "T")
 POINTERS |= dict.fromkeys(
     ("temperatures", "logprob", "entropy", "stats", "partials", "grad_logprob", "grad_entropy"), "fp32"
 )
+OF_TOKENS = ("old_logprob", "advantage", "weight", "ref_logprob", "importance", "ratios", "leaf_weight")
+POLICY_POINTERS = dict.fromkeys((*OF_TOKENS, "loss_out", "gradient_out", "entropy_gradient_out"), "fp32")
+POLICY_POINTERS |= dict.fromkeys(("normalizer_tensor", "kl_coef_tensor", "entropy_coef_tensor", "partials"), "fp64")
+POLICY_POINTERS |= dict.fromkeys(("segments", "leaf_slope", "sums_out"), "fp64")
+POLICY_POINTERS |= {"group": "i64", "bounds": "i64", "misplaced": "i32", "leaf_segment": "i64", "parent": "i64"}
 NUMBERS = dict.fromkeys(("temperature", "temperature_rest", "softcap"), "fp32")
+NUMBERS |= dict.fromkeys(("normalizer", "kl_coef", "entropy_coef", "low", "high", "dual"), "fp32")
+NUMBERS |= dict.fromkeys(("tau_positive", "tau_negative"), "fp32")
+NUMBERS |= dict.fromkeys(("count", "groups", "leaves", "columns", "column"), "i64")
 NUMBERS |= dict.fromkeys(("vocab", "depth", "splits", "pieces", "length", "tiles", "temperature_stride"), "i32")
 STRIDES = (
     "hidden_stride",
@@ -89,7 +101,7 @@ NUMBERS |= dict.fromkeys(("begin", "to_begin", "rows", "ignore_index", "vocab_st
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compiled(kernel, capability, dtype, constants, options, absent=(), multiples_of_16=()):
+def compiled(kernel, capability, dtype, constants, options, absent=(), multiples_of_16=(), pointers=POINTERS):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,8 +110,8 @@ def compiled(kernel, capability, dtype, constants, options, absent=(), multiples
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in POINTERS:
-            signature[name] = "*" + POINTERS[name].replace("T", dtype)
+        elif name in pointers:
+            signature[name] = "*" + pointers[name].replace("T", dtype)
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = NUMBERS[name]
@@ -183,16 +195,55 @@ def test_products_compile_without_spills_on_tensor_cores(capability, dtype, rows
 
 
 @pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
+@pytest.mark.parametrize(("capability", "clip"), [(80, 0), (90, 0), (90, 2), (90, 3), (100, 0)])
+def test_the_policy_loss_compiles_without_spills_and_with_16_byte_accesses(capability, clip, tmp_path):
+    from arpo_ext.ops import _triton_policy as groups
+    from arpo_ext.ops import policy_loss_triton as tokens
+
+    def binary(kernel, absent=(), **constants):
+        made = compiled(
+            kernel, capability, "fp32", constants, {"num_warps": 4}, absent, pointers=POINTERS | POLICY_POINTERS
+        )
+        assert set(local_memory(made, tmp_path)) == {0}
+        return made
+
+    form = {"CLIP": clip, "PAIRS": False, "MEAN_GRADIENT": True}
+    optional = ("entropy", "ref_logprob", "importance", "group", "ratios", "entropy_gradient_out")
+    of_token = form | {"PACKED": False, "FULL": True, "BLOCK": tokens._BLOCK}
+    usual = binary(tokens.tokens_kernel, optional, KL=0, **of_token)
+    packs = tokens._BLOCK // (4 * 128)
+    assert (wide(usual, "ld"), wide(usual, "st")) == (4 * packs, packs)
+    everything = binary(tokens.tokens_kernel, KL=3, **of_token)
+    assert (wide(everything, "ld"), wide(everything, "st")) == (7 * packs, 2 * packs)
+    if capability == 90:
+        binary(tokens.tokens_kernel, optional, KL=0, **{**of_token, "PAIRS": True})
+        binary(groups.groups_kernel, ("segments",), **form, BLOCK=tokens._GROUP_BLOCK)
+        binary(groups.leaves_kernel, CLIP=clip, BLOCK=tokens._LEAF_BLOCK)
+        binary(groups.segments_kernel, BLOCK=tokens._LEAF_BLOCK)
+        binary(groups.bounds_kernel, BLOCK=tokens._BLOCK)
+
+
+@pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
 def test_no_value_of_a_number_makes_another_binary():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    from arpo_ext.ops import _triton_policy as policy
     from arpo_ext.ops import linear_logprob_entropy_triton as linear
     from arpo_ext.ops import logprob_entropy_triton as kernels
+    from arpo_ext.ops import policy_loss_triton as loss
 
+    of_policy = (policy.bounds_kernel, policy.groups_kernel, policy.leaves_kernel, policy.segments_kernel)
+    of_policy = (*of_policy, loss.tokens_kernel, loss.finish_kernel)
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    for kernel in (kernels.forward_kernel, kernels.merge_kernel, kernels.backward_kernel, linear.fused_kernel):
+    for kernel in (
+        kernels.forward_kernel,
+        kernels.merge_kernel,
+        kernels.backward_kernel,
+        linear.fused_kernel,
+        *of_policy,
+    ):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys = set()
         for integer, number in ((1, 1.0), (16, 0.7), (3, 1e-3), (2**31 - 1, 2.0)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import policy_loss_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cuda
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cuda, refuse_triton
 from arpo_ext.ops._policy_loss import SCHEMA, TENSORS, PolicyLossCall
 
 # Codes as in csrc/policy_loss.h.
@@ -75,10 +75,20 @@ def _launch_cuda(call: PolicyLossCall, want_gradient: bool, want_entropy_gradien
     return results
 
 
+def _launch_triton(call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: bool) -> Results:
+    # Imported here: a machine without Triton imports this file too.
+    from arpo_ext.ops import policy_loss_triton
+
+    results = _results(call, want_gradient, want_entropy_gradient)
+    policy_loss_triton.launch(call, (_CLIPS[call.clip], _KLS[call.kl]), results)
+    return results
+
+
 # backend -> what computes it; the arguments are a call and which gradients are wanted
 LAUNCH: dict[str, Callable[[PolicyLossCall, bool, bool], Results]] = {
     **{name: partial(_launch_cpu, isa) for name, isa in CPU_BACKENDS.items()},
     "cuda": _launch_cuda,
+    "triton": _launch_triton,
 }
 
 
@@ -202,6 +212,12 @@ def _refuse_cuda(call: PolicyLossCall) -> str | None:
     return refuse_cuda(call.logprob)
 
 
+def _refuse_triton(call: PolicyLossCall) -> str | None:
+    if call.logprob.dtype != torch.float32:
+        return f"needs float32, got {call.logprob.dtype}"
+    return refuse_triton(call.logprob)
+
+
 def _check_indices(call: PolicyLossCall) -> None:
     """What the native code checks of indices on the CPU; elsewhere it would wait for the device."""
     if call.group is None or call.logprob.device.type != "cpu" or torch.compiler.is_compiling():
@@ -238,4 +254,5 @@ def _run_reference(call: PolicyLossCall) -> tuple[Tensor, Tensor]:
 
 BACKENDS = {name: Backend(partial(_refuse_cpu, isa), partial(_run_op, name)) for name, isa in CPU_BACKENDS.items()}
 BACKENDS["cuda"] = Backend(_refuse_cuda, partial(_run_op, "cuda"))
+BACKENDS["triton"] = Backend(_refuse_triton, partial(_run_op, "triton"))
 BACKENDS["reference"] = Backend(lambda call: None, _run_reference)
