@@ -111,6 +111,17 @@ class Renderer:
             end -= 1
         return self.decode(tokens[:end])
 
+    def breaks_off(self, tokens: Sequence[int]) -> bool:
+        """Whether sampled `tokens` end within a character, or with the beginning of a stop string.
+
+        What is sampled behind them by itself would be decoded, or searched for stop strings, without them.
+        """
+        longest = max(map(len, self.stop_strings), default=0)
+        # A token holds at least one byte, a character at most four.
+        text = self.decode(tokens[-max(4, longest) :])
+        begun = (stop[:end] for stop in self.stop_strings for end in range(1, len(stop)))
+        return text.endswith(("\N{REPLACEMENT CHARACTER}", *begun))
+
     def _last_call(self, tokens: Sequence[int]) -> tuple[str, str] | None:
         name = self.closing_name(tokens)
         if not name:

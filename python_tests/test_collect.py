@@ -391,6 +391,34 @@ def test_appo_keeps_forks_of_a_turn_apart_and_fills_up_with_fresh_paths(renderer
     assert len(tree.leaves) == 6
 
 
+def test_a_fork_inside_a_call_runs_the_call(renderer):
+    def script(request):
+        if _turns(request):
+            return "<answer>7</answer><eos>", [0.1]
+        forked = "<search>" in renderer.decode(request.tokens)
+        return ("of</search>" if forked else "<search>mass of</search>"), [0.1, 0.1, 0.9, 0.1]
+
+    pool, config = Pool(), _config(policy="appo", paths=2, initial_paths=1)
+    (tree,) = _collect(renderer, script, config, pool=pool, prompts=PROMPTS[:1])[0].trees
+    _check([tree], config)
+    assert [call.text for call in pool.calls] == ["mass of", "massof"]
+    assert all(segment.tool.ok for segment in tree.segments if segment.tool)
+
+
+def test_appo_cuts_no_character(bpe_tokenizer):
+    renderer = Renderer(bpe_tokenizer, ["search"])
+    answer = "a\N{LATIN SMALL LETTER E WITH ACUTE}b\N{OGHAM SPACE MARK}c"
+    # Highest within a character: at its second byte.
+    script = lambda request: (f"{answer}<|im_end|>", [0.1, 0.2, 0.9, 0.1, 0.1, 0.8, 0.7, 0.6, 0.1])  # noqa: E731
+    config = _config(policy="appo", paths=3, initial_paths=1)
+    (tree,) = _collect(renderer, script, config, prompts=PROMPTS[:1])[0].trees
+    _check([tree], config)
+    cuts = {len(tree.path_tokens(s.parent)) for s in tree.segments if s.branch}
+    assert {cut - len(tree.segments[0].tokens) for cut in cuts} == {1, 7}
+    texts = ["".join(segment.text for segment in tree.response_segments(leaf)) for leaf in tree.leaves]
+    assert texts == [answer, "a" + answer, answer[:-1] + answer]
+
+
 def test_appo_needs_the_entropies_of_all_tokens():
     with pytest.raises(ValueError, match="expected 'all'"):
         _config(policy="appo", entropies="probe")

@@ -158,6 +158,19 @@ def test_a_tag_spelt_out_of_ordinary_tokens_is_text_where_tags_are_tokens(tags, 
     assert tags.parse_call([*spelt, *tag_tokenizer.encode("lead"), closing]) is None
 
 
+def test_a_turn_breaks_off_within_a_character_or_a_closing_tag(bpe_tokenizer, tag_tokenizer):
+    renderer = Renderer(bpe_tokenizer, ["search"])
+    assert renderer.stop_strings == ["</search>"]
+    encode = renderer.tokenizer.encode
+    for text in ("", "a", "a/", "</search>", "<search>", "\N{SNOWMAN}", "<a", "< "):
+        assert not renderer.breaks_off(encode(text)), text
+    for text in ("<", "</", "a</sea", "</search"):
+        assert renderer.breaks_off(encode(text)), text
+    snowman = encode("a\N{SNOWMAN}")
+    assert [renderer.breaks_off(snowman[:end]) for end in range(5)] == [False, False, True, True, False]
+    assert not Renderer(tag_tokenizer, ["search"]).breaks_off(tag_tokenizer.encode("<"))
+
+
 def test_bytes_of_one_character_over_two_segments_do_not_disturb_parsing(chat):
     tokens = chat.tokenizer.encode("é<search>ü</search>", add_special_tokens=False)
     assert chat.parse_call(tokens[1:]) == ToolCall("search", "ü")

@@ -189,7 +189,7 @@ class _Run:
         whole = {segment: tree.segments[segment].tokens for segment in turns}
         # The piece of a turn that its next fork cuts, and where in the turn that piece begins.
         rest = {segment: (segment, 0) for segment in turns}
-        for segment, token, branch in sorted(choose_tokens(tree, turns, config=self.config)):
+        for segment, token, branch in sorted(choose_tokens(tree, turns, config=self.config, renderer=self.renderer)):
             path = turns[segment].sibling_at(token, whole[segment][:token])
             piece, begin = rest[segment]
             if token:
@@ -264,12 +264,13 @@ class _Run:
         index = self.trees[path.tree].add(segment)
         if self.rounds:
             self.turns[path.tree][index] = replace(path, branch=None)
+        turn = (*path.head, *completion.tokens)
         path.advance(index, completion.tokens)
         path.probe_entropy = path.branch = None
         reason = completion.stop_reason
         if reason is StopReason.TOOL:
             path.calls += 1
-            answer = self.budget.answer_call(path, completion.tokens)
+            answer = self.budget.answer_call(path, turn)
             if isinstance(answer, ToolCall):
                 self.ran += 1
                 self.waiting.append((self.tools.submit(answer), path))

@@ -13,6 +13,7 @@ import torch
 
 from arpo_ext import ops
 from arpo_ext.config import RolloutConfig
+from arpo_ext.render import Renderer
 from arpo_ext.rollout.branching import path_key
 from arpo_ext.rollout.paths import OpenPath
 from arpo_ext.rollout.tree import GrowingTree
@@ -33,7 +34,8 @@ def choose_turns(
     """Segment -> decision, for every turn: the best ones are granted one sibling each, from the turn's beginning.
 
     score = mean(-log p of the turn's tokens) - config.weight * (other turns that begin at the same place). The room of
-    the round is what is left of `config.paths`, shared evenly by the rounds left.
+    the round is what is left of `config.paths`, shared evenly by the rounds left. The published code leaves out the
+    last turn of every path; here an answer may be sampled again, which costs no tool call.
 
     turns: first segment of each turn -> its path as it was when the turn began.
     """
@@ -62,12 +64,17 @@ def choose_turns(
     }
 
 
-def choose_tokens(tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: RolloutConfig) -> list[TokenFork]:
+def choose_tokens(
+    tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: RolloutConfig, renderer: Renderer
+) -> list[TokenFork]:
     """The token positions with the highest entropy, at least `config.min_distance` apart within a turn.
 
     score = z(entropy), over all sampled tokens of the tree. APPO multiplies it by z(future value), which needs the
     trainer's log-probabilities of the same tokens; before any update they equal the sampler's but for rounding, so it
-    is left out here (`ops.branch_tokens` and `ops.future_value` have it).
+    is left out here (`ops.branch_tokens` and `ops.future_value` have it). The published code takes z by path, leaves
+    out white space and punctuation, and keeps the chosen token; here it is drawn again, for its entropy is the choice.
+
+    No position is taken that `Renderer.breaks_off` excludes.
     """
     chosen = sorted(turns)
     room = config.paths - tree.started
@@ -78,22 +85,28 @@ def choose_tokens(tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: R
         entropies = torch.tensor(tree.segments[segment].entropies)
         entropy[row, : len(entropies)] = entropies
         mask[row, : len(entropies)] = True
-    found = ops.branch_tokens(
-        entropy,
-        mask,
-        torch.zeros(len(chosen), dtype=torch.int64),
-        torch.tensor([room], dtype=torch.int32),
-        count=room,
-        key=torch.tensor([path_key((*turns[s].lineage, turns[s].turn)) for s in chosen], dtype=torch.int64),
-        scope="tree",
-        min_distance=config.min_distance,
-    )
-    columns = (found.row[0].tolist(), found.token[0].tolist(), found.score[0].tolist())
-    return [
-        TokenFork(chosen[row], token, Branch(score=score, room=room, children=1))
-        for row, token, score in zip(*columns, strict=True)
-        if row >= 0
-    ]
+    key = torch.tensor([path_key((*turns[s].lineage, turns[s].turn)) for s in chosen], dtype=torch.int64)
+    candidate = torch.ones_like(mask)
+    # Few positions are excluded and looking at one takes the tokenizer, so only those that were chosen are looked at.
+    while True:
+        found = ops.branch_tokens(
+            entropy,
+            mask,
+            torch.zeros(len(chosen), dtype=torch.int64),
+            torch.tensor([room], dtype=torch.int32),
+            count=room,
+            candidate=candidate,
+            key=key,
+            scope="tree",
+            min_distance=config.min_distance,
+        )
+        columns = (found.row[0].tolist(), found.token[0].tolist(), found.score[0].tolist())
+        places = [place for place in zip(*columns, strict=True) if place[0] >= 0]
+        excluded = [(row, t) for row, t, _ in places if renderer.breaks_off(tree.segments[chosen[row]].tokens[:t])]
+        if not excluded:
+            break
+        candidate[tuple(zip(*excluded, strict=True))] = False
+    return [TokenFork(chosen[row], t, Branch(score=score, room=room, children=1)) for row, t, score in places]
 
 
 def _surprise(tree: GrowingTree, segment: int) -> float:

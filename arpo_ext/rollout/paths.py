@@ -17,7 +17,8 @@ class OpenPath:
 
     tree: position of its prompt. lineage: see `branching.path_key`. tip: segment that the next one hangs from.
     tokens: everything the model saw so far; used: how many of them follow the prompt. calls: tool calls it wrote.
-    turn: tool results it read. root: normalised entropy of its first window, a branch has that of the path it left.
+    head: tokens of the running turn that it shares with the path it left. turn: tool results it read.
+    root: normalised entropy of its first window, a branch has that of the path it left.
     asked: the branch decision of the running window is taken or not wanted. probe_entropy, branch: of that window.
     streak: positive decisions in a row. monitored: normalised entropies of its windows, for a path that only measures
     and never forks; else None.
@@ -28,6 +29,7 @@ class OpenPath:
     tip: int
     tokens: tuple[int, ...]
     used: int = 0
+    head: tuple[int, ...] = ()
     calls: int = 0
     turn: int = 0
     root: float | None = None
@@ -48,11 +50,16 @@ class OpenPath:
     def sibling_at(self, token: int, before: Sequence[int]) -> OpenPath:
         """A path that samples this one's turn again from its token `token` on; `before`: the turn's tokens up to it."""
         return replace(
-            self.sibling(token), tokens=(*self.tokens, *before), used=self.used + len(before), monitored=None
+            self.sibling(token),
+            tokens=(*self.tokens, *before),
+            used=self.used + len(before),
+            head=(*self.head, *before),
+            monitored=None,
         )
 
     def advance(self, segment: int, tokens: Sequence[int]) -> None:
         self.tip = segment
+        self.head = ()
         self.tokens = (*self.tokens, *tokens)
         self.used += len(tokens)
 
@@ -75,7 +82,7 @@ class Budget:
         return limit if limit > self.renderer.result_overhead else None
 
     def answer_call(self, path: OpenPath, tokens: Sequence[int]) -> ToolCall | ToolResult | StopReason:
-        """What follows a segment that ended on a closing tool tag and is counted in `path.calls`.
+        """What follows a turn of `tokens` that ended on a closing tool tag and is counted in `path.calls`.
 
         A call to run; or a result that says why none is run; or the end of the path: no room for a result and an
         answer, or a further call after the message that the limit is reached.
