@@ -437,6 +437,7 @@ ExpandPacked expand_packed_call(Address leaf, Address length, std::int64_t leave
     for (std::int64_t l = 0; l < leaves; ++l) {
         ARPO_CHECK(lengths[l] >= 0, "expand_advantages: got length ", lengths[l], " of leaf ", l,
                    "; expected at least 0");
+        ARPO_CHECK(lengths[l] <= INT64_MAX - sum, "expand_advantages: got lengths that add up to more than 2^63 - 1");
         sum += lengths[l];
     }
     ARPO_CHECK(sum == total, "expand_advantages: got total ", total, "; expected ", sum, ", the sum of the lengths");

@@ -55,6 +55,20 @@ def test_rows_follow_the_definition(device, dtype, rows, columns):
         assert ops.expand_advantages(leaf, mask, backend=backend).equal(expected(leaf, mask)), backend
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_gradient_flows_through(backend):
+    leaf, mask = torch.randn(2, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    assert not ops.expand_advantages(leaf, mask, backend=backend).requires_grad
+    assert not ops.expand_advantages(leaf, length=torch.tensor([1, 2]), backend=backend).requires_grad
+
+
+def test_lengths_beyond_64_bits_are_refused():
+    with pytest.raises(ValueError, match="more than"):
+        ops.expand_advantages(
+            torch.ones(4), length=torch.tensor([2**62, 2**62, 2**62, 2**62 + 1]), total=1, backend="cpu"
+        )
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_rows_may_lie_anywhere(device, dtype):

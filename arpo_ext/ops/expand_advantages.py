@@ -73,7 +73,7 @@ def expand_advantages(
             raise ValueError(f"expand_advantages: got mask of shape {list(mask.shape)}; expected [{leaves}, T]")
         if mask.is_complex():
             raise ValueError(f"expand_advantages: got mask of {mask.dtype}; expected bool, integer or floating point")
-        return choose("expand_advantages", _ROWS, backend, leaf).run(leaf, mask)
+        return choose("expand_advantages", _ROWS, backend, leaf).run(leaf.detach(), mask.detach())
     if length.dtype != torch.int64 or length.shape != leaf.shape:
         raise ValueError(
             f"expand_advantages: got length of {length.dtype} and shape {list(length.shape)}; "
@@ -85,7 +85,7 @@ def expand_advantages(
         total = int(length.sum())
     if total < 0:
         raise ValueError(f"expand_advantages: got total {total}; expected at least 0")
-    return choose("expand_advantages", _PACKED, backend, leaf).run(leaf, length, total)
+    return choose("expand_advantages", _PACKED, backend, leaf).run(leaf.detach(), length, total)
 
 
 def first_occurrences(names: Iterable[Hashable]) -> Tensor:

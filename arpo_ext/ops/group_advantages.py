@@ -134,7 +134,7 @@ def group_advantages(
         if tensor is not None:
             _check(name, tensor, torch.int64, leaves, device)
     chosen = choose("group_advantages", _LEAVES, backend, reward)
-    leaf = chosen.run(reward, tree, subgroup, length, ESTIMATORS[estimator], float(eps))
+    leaf = chosen.run(reward.detach(), tree, subgroup, length, ESTIMATORS[estimator], float(eps))
     if parent is None or leaf_segment is None:
         _wanted("parent", parent, estimator, estimator == "at2po")
         return Advantages(leaf, None, None)
@@ -142,8 +142,10 @@ def group_advantages(
     _check("leaf_segment", leaf_segment, torch.int64, leaves, device)
     if leaf_weight is not None:
         _check("leaf_weight", leaf_weight, reward.dtype, leaves, device)
+        leaf_weight = leaf_weight.detach()
     if segment_entropy is not None:
         _check("segment_entropy", segment_entropy, reward.dtype, parent.numel(), device)
+        segment_entropy = segment_entropy.detach()
     chosen = choose("group_advantages", _SEGMENTS, backend, reward)
     credit = _CREDIT.get(estimator, _segment_advantages.MEAN)
     branch = subgroup if credit == _segment_advantages.PREFIX else None
