@@ -167,7 +167,8 @@ ARPO_HOST_DEVICE inline LeafRule leaf_rule(Estimator estimator, const TreeSums& 
             return {own.mean, 1.0 / (own.std + eps * (tree.std + eps))};
         case Estimator::tree_grpo_sum: {
             const double inner = own.flat ? 0.0 : 1.0 / (own.std + eps);
-            return {tree.mean, inverse + inner, own.flat ? 0.0 : (tree.mean - own.mean) * inner};
+            // From the subgroup's mean: its spread may be tiny beside its distance from the tree's.
+            return {own.mean, inverse + inner, (own.mean - tree.mean) * inverse};
         }
         case Estimator::appo:
             return {own.mean, 1.0 / (own.std + eps)};

@@ -208,6 +208,25 @@ def test_a_common_offset_costs_no_accuracy(device, estimator, offset):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_narrow_subgroup_far_from_the_mean_of_its_tree(device):
+    reward, subgroup = torch.tensor([1.0, 1.0 + 2.0**-23, 1e6, -3e6]), torch.tensor([0, 0, 1, 1])
+    arguments = {"estimator": "tree_grpo_sum", "subgroup": subgroup.to(device)}
+    leaf = ops.group_advantages(reward.to(device), torch.zeros(4, dtype=torch.int64, device=device), **arguments).leaf
+    expected = naive(reward.tolist(), [0] * 4, "tree_grpo_sum", subgroup=subgroup.tolist())
+    torch.testing.assert_close(leaf.cpu(), torch.tensor(expected), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "at2po", "appo"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_gradient_flows_through(estimator, backend):
+    reward, weight, entropy = (torch.rand(2, requires_grad=True) for _ in range(3))
+    index = torch.tensor([0, 1])
+    arguments = {"parent": torch.tensor([-1, 0]), "leaf_segment": index, "subgroup": index, "leaf_weight": weight}
+    arguments |= {"segment_entropy": entropy, "estimator": estimator, "backend": backend}
+    assert not any(x.requires_grad for x in ops.group_advantages(reward, torch.zeros_like(index), **arguments))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("estimator", TEACHING)
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [1.0, -math.inf], [math.nan]])
