@@ -21,7 +21,7 @@ from arpo_ext.config import RolloutConfig
 from arpo_ext.errors import DataError
 from arpo_ext.render import Renderer
 from arpo_ext.rollout.branching import Brancher, Window, draw_seed
-from arpo_ext.rollout.expansion import choose_tokens, choose_turns
+from arpo_ext.rollout.expansion import expand_tokens, expand_turns
 from arpo_ext.rollout.paths import Budget, OpenPath
 from arpo_ext.rollout.sampler import Completion, Probe, Sampler, SampleRequest
 from arpo_ext.rollout.tree import GrowingTree
@@ -168,35 +168,9 @@ class _Run:
 
     def expand(self, index: int) -> None:
         """Sample again from where the paths of a tree, all complete, were least certain."""
-        if self.config.policy == "at2po":
-            self.expand_turns(index)
-        else:
-            self.expand_tokens(index)
-
-    def expand_turns(self, index: int) -> None:
-        tree, turns = self.trees[index], self.turns[index]
-        decisions = choose_turns(tree, turns, config=self.config, seed=self.seed)
-        for segment, branch in decisions.items():
-            before = tree.segments[segment].branch
-            tree.grant(segment, branch)
-            for ordinal in range(branch.children):
-                tree.started += 1
-                # A turn chosen again has siblings already; each needs a name of its own.
-                self.sample(turns[segment].sibling(ordinal + (before.children if before else 0)))
-
-    def expand_tokens(self, index: int) -> None:
-        tree, turns = self.trees[index], self.turns[index]
-        whole = {segment: tree.segments[segment].tokens for segment in turns}
-        # The piece of a turn that its next fork cuts, and where in the turn that piece begins.
-        rest = {segment: (segment, 0) for segment in turns}
-        for segment, token, branch in sorted(choose_tokens(tree, turns, config=self.config, renderer=self.renderer)):
-            path = turns[segment].sibling_at(token, whole[segment][:token])
-            piece, begin = rest[segment]
-            if token:
-                path.tip = piece
-                piece = tree.split(piece, token - begin, self.renderer.answer_text)
-                rest[segment] = (piece, token)
-            tree.grant(piece, branch)
+        tree = self.trees[index]
+        expand = {"at2po": expand_turns, "appo": expand_tokens}[self.config.policy]
+        for path in expand(tree, self.turns[index], config=self.config, renderer=self.renderer, seed=self.seed):
             tree.started += 1
             self.sample(path)
 

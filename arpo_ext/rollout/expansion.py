@@ -28,6 +28,40 @@ class TokenFork(NamedTuple):
     branch: Branch
 
 
+def expand_turns(
+    tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: RolloutConfig, renderer: Renderer, seed: int
+) -> list[OpenPath]:
+    """The paths that AT2PO starts in this round, their forks noted in the tree. Arguments as `choose_turns`."""
+    paths = []
+    for segment, branch in choose_turns(tree, turns, config=config, seed=seed).items():
+        before = tree.segments[segment].branch
+        tree.grant(segment, branch)
+        # A turn chosen again has siblings already; each needs a name of its own.
+        first = before.children if before else 0
+        paths.extend(turns[segment].sibling(first + ordinal) for ordinal in range(branch.children))
+    return paths
+
+
+def expand_tokens(
+    tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: RolloutConfig, renderer: Renderer, seed: int
+) -> list[OpenPath]:
+    """The paths that APPO starts, their forks noted in the tree and its turns cut there. As `expand_turns`."""
+    whole = {segment: tree.segments[segment].tokens for segment in turns}
+    # The piece of a turn that its next fork cuts, and where in the turn that piece begins.
+    rest = {segment: (segment, 0) for segment in turns}
+    paths = []
+    for segment, token, branch in sorted(choose_tokens(tree, turns, config=config, renderer=renderer)):
+        path = turns[segment].sibling_at(token, whole[segment][:token])
+        piece, begin = rest[segment]
+        if token:
+            path.tip = piece
+            piece = tree.split(piece, token - begin, renderer.answer_text)
+            rest[segment] = (piece, token)
+        tree.grant(piece, branch)
+        paths.append(path)
+    return paths
+
+
 def choose_turns(
     tree: GrowingTree, turns: Mapping[int, OpenPath], *, config: RolloutConfig, seed: int
 ) -> dict[int, Branch]:
