@@ -145,6 +145,13 @@ ARPO_HOST_DEVICE inline double exp_everywhere(double x) {
     return multiplied(sum, power);
 }
 
+// gamma to the length of a segment, in which it may have underflowed: 0 would turn an infinity from the right into NaN,
+// where gamma step by step leaves it infinite. The smallest normal number changes no finite result.
+ARPO_HOST_DEVICE inline double segment_decay(double power, double gamma) {
+    constexpr double kSmallest = 2.2250738585072014e-308;
+    return gamma > 0.0 && power < kSmallest ? kSmallest : power;
+}
+
 // exp of the discounted sum, as published: clamped to 20 nats, then clipped around 1.
 ARPO_HOST_DEVICE inline float future_value_of(double sum, float low, float high) {
     const float value = static_cast<float>(exp_everywhere(sum < -20.0 ? -20.0 : (sum > 20.0 ? 20.0 : sum)));

@@ -277,6 +277,7 @@ void future_value_cpu(const FutureValue& args, int threads) {
     const int64_t segment = (args.tokens + kTokenLanes - 1) / kTokenLanes;
     double decay = 1.0;
     for (int64_t j = 0; j < segment; ++j) decay *= args.gamma;
+    decay = segment_decay(decay, args.gamma);
     if (args.rows * args.tokens < kWorthThreads) threads = 1;
     std::vector<std::vector<double>> spaces(threads, std::vector<double>(segment * kTokenLanes));
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -315,6 +315,7 @@ __global__ void __launch_bounds__(kWarp) future_value_kernel(FutureValue args, i
         sum = added(own, multiplied(args.gamma, sum));
         decay = multiplied(decay, args.gamma);
     }
+    decay = segment_decay(decay, args.gamma);
     double entering = 0.0;
     for (int other = kWarp - 1; other > 0; --other) {
         const double its_own = __shfl_sync(kAllLanes, sum, other);

@@ -355,6 +355,15 @@ def test_future_value_of_special_numbers(backend):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_an_infinite_ratio_outlasts_its_discount(device):
+    """Also where the discount over a lane of the row is 0 in float64."""
+    ratio = torch.zeros(1, 4000, device=device)
+    ratio[0, -1] = -INF
+    for backend in (device, "reference"):
+        assert (ops.future_value(ratio, gamma=1e-3, backend=backend) == torch.tensor(0.8, device=device)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_future_values_are_the_same_bits_on_every_device_and_in_every_release(device):
     ratio = torch.arange(-3000, 3000).remainder(997).sub(498).mul(1e-4).reshape(6, 1000).to(device)
     found = []
