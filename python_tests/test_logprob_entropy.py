@@ -507,3 +507,32 @@ def test_invalid_labels_are_counted_where_the_kernel_cannot_raise(backend):
         assert logprob[:3].tolist() == [0, 0, 0]
         assert entropy.isfinite().all()
         assert ops.invalid_labels(device) == before + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [3, 600])
+def test_it_is_captured_in_a_cuda_graph_and_counts_at_every_replay(rows):
+    leaf = random_logits(rows, 40_001, backend="cuda").requires_grad_()
+    labels = random_labels(leaf)
+    labels[1] = 40_001
+
+    def everything():
+        logprob, entropy = ops.logprob_entropy(leaf, labels, temperature=0.7, backend="cuda")
+        stats = ops.logits_stats(leaf, labels, backend="cuda")
+        return *torch.autograd.grad(logprob.sum() + entropy.sum(), leaf), logprob, entropy, *stats
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        everything()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    for seed in (1, 2):
+        leaf.data.copy_(random_logits(rows, 40_001, seed=seed))
+        before = ops.invalid_labels("cuda")
+        graph.replay()
+        assert ops.invalid_labels("cuda") == before + 2
+        torch.testing.assert_close(captured, everything(), rtol=0, atol=0)
