@@ -168,7 +168,9 @@ def test_rows_compile_without_spills_and_with_16_byte_accesses(capability, dtype
             assert set(local_memory(variant, tmp_path)) == {0}
             assert wide(variant, "ld") == 2 * kernels._PACKS_PER_THREAD
         for absent in (("running",), ("logprob", "entropy", "stats")):
-            merge = compiled(kernels.merge_kernel, capability, dtype, {"PIECES": 64}, {"num_warps": 1}, absent)
+            merge = compiled(
+                kernels.merge_kernel, capability, dtype, {"PIECES": kernels._MOST_PIECES}, {"num_warps": 1}, absent
+            )
             assert set(local_memory(merge, tmp_path)) == {0}
 
 

@@ -196,6 +196,7 @@ def _write_tile(x_from, out_to, within, kept, label, of_row, EXACT: tl.constexpr
     constant = p_scale * (up_entropy * mean_z - up_logprob)
     slope = -p_scale * up_entropy / high
     index = tl.arange(0, SIZE)
+    # Not `within & kept`: Triton's interpreter takes a comparison of single numbers for an integer there.
     x = tl.load(x_from + index, mask=tl.where(kept, within, False), other=0.0).to(tl.float32)
     d = clamp_low(x - maximum, lowest)
     gradient = exp_scaled(d, scale, scale_rest, EXACT) * tl.fma(slope, d, constant)
@@ -325,9 +326,7 @@ def _read(call: LogitsCall, **results: Tensor | None) -> None:
 
 
 def _merge(arguments: dict[str, object]) -> None:
-    merge_kernel[(arguments["rows"],)](
-        **arguments, PIECES=triton.next_power_of_2(arguments["pieces"]), num_warps=1, enable_fp_fusion=True
-    )
+    merge_kernel[(arguments["rows"],)](**arguments, PIECES=_MOST_PIECES, num_warps=1, enable_fp_fusion=True)
 
 
 def merge(described: dict[str, object], running: Tensor, partials: Tensor) -> None:
