@@ -372,6 +372,38 @@ def test_inplace_backward_refuses_overlapping_rows():
         ops.logprob_entropy(logits, inplace_backward=True)
 
 
+class Wrapper(torch.Tensor):
+    """Keeps its elements in another tensor, as DTensor and the results of asynchronous collectives do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(a.inner if isinstance(a, Wrapper) else a for a in args), **(kwargs or {}))
+
+
+def test_tensors_without_memory_of_their_own():
+    logits, out = random_logits(4, 9), torch.empty(4)
+    for result, expected in zip(
+        ops.logprob_entropy(Wrapper(logits), random_labels(logits)),
+        ops.logprob_entropy(logits, random_labels(logits)),
+        strict=True,
+    ):
+        assert torch.equal(result, expected)
+    for arguments in (
+        {"logits": Wrapper(logits), "entropy": out},
+        {"logits": logits, "entropy": Wrapper(out)},
+        {"logits": logits, "entropy": out, "logprob": Wrapper(out), "labels": random_labels(logits)},
+    ):
+        with pytest.raises(ValueError, match="expected a tensor with memory of its own, got Wrapper, which wraps"):
+            ops.logprob_entropy_into(**arguments, backend="cpu")
+
+
 def test_direct_outputs_must_be_on_the_device_of_the_logits():
     with pytest.raises(ValueError, match=r"on cpu, got .* on meta"):
         ops.logprob_entropy_into(torch.randn(4, 9), entropy=torch.empty(4, device="meta"))

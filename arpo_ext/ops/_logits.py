@@ -124,7 +124,7 @@ def native_inputs(call: LogitsCall) -> tuple[object, list[Tensor]]:
     kept = [t if t is None else t.contiguous() for t in (call.labels, call.mask, call.temperatures)]
     labels, mask, temperatures = kept
     inputs = _native.C.LogitInputs(
-        logits.data_ptr(),
+        _native.pointer(logits),
         _native.DTYPE_CODES[logits.dtype],
         logits.numel() // logits.shape[-1],
         logits.shape[-1],

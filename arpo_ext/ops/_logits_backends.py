@@ -28,7 +28,7 @@ def _forward_cpu(isa: str, call: LogitsCall, logprob: Tensor | None, entropy: Te
         torch.get_num_threads(),
         inputs,
         _native.pointer(logprob),
-        entropy.data_ptr(),
+        _native.pointer(entropy),
         _native.pointer(stats),
     )
 

@@ -56,7 +56,12 @@ def cuda_stream(tensor: torch.Tensor) -> int:
 
 def pointer(tensor: torch.Tensor | None) -> int:
     """Address of the first element; 0 for None, which native functions take as absent."""
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(f"expected a tensor with memory of its own, got {type(tensor).__name__}, which wraps another")
+    return address
 
 
 def place(tensor: torch.Tensor) -> tuple[int, ...]:
