@@ -49,10 +49,10 @@ Isa choose_isa(int code) {
     return isa;
 }
 
-// Beyond this range 1 / temperature or its product with a logit leaves float32. NaN is out of range too.
-// 1e30 in float32 is a little more than in double, and passes too.
-bool valid_temperature(double temperature) { return temperature >= 1e-30 && temperature <= 1e30f; }
-constexpr const char* kTemperatureRange = "temperature must be positive, in 1e-30 to 1e30, got ";
+// Beyond this range temperature, or 1 / temperature^2 times an upstream gradient, leaves float32. NaN is out of range
+// too. 1e30 in float32 is a little more than in double, and passes too, as 1e-15 does.
+bool valid_temperature(double temperature) { return temperature >= 1e-15 && temperature <= 1e30f; }
+constexpr const char* kTemperatureRange = "temperature must be positive, in 1e-15 to 1e30, got ";
 
 py::dict build_info() {
     py::dict info;

@@ -104,7 +104,7 @@ __device__ RowSums<kStats> merge(RowSums<kStats> x, RowSums<kStats> y, const Exp
 
 __device__ double temperature_of(const LogitInputs& in, std::int64_t row) {
     const double value = in.temperatures ? in.temperatures[row * in.temperature_stride] : in.temperature;
-    return value >= 1e-30 && value <= 1e30f ? value : kNan;
+    return value >= 1e-15 && value <= 1e30f ? value : kNan;
 }
 __device__ bool skipped(const LogitInputs& in, std::int64_t row) { return in.mask && !in.mask[row]; }
 

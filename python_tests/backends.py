@@ -1,4 +1,4 @@
-"""Which backends a test of an op runs on, and where their tensors live.
+"""Which backends a test of an op runs on, where their tensors live, and what torch.compile made of it.
 
 Triton decides when it is imported whether its kernels run on a GPU or in its interpreter, and other tests of the same
 process (vLLM's, inductor's) need the former: test_triton.py runs the op tests once more, interpreted, in a process of
@@ -6,6 +6,7 @@ its own.
 """
 
 import pytest
+import torch
 
 from arpo_ext import ops
 from arpo_ext.ops._dispatch import triton_interprets
@@ -32,3 +33,14 @@ def everywhere(*only: str) -> list:
     ]
     found = [*on_cpu, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
     return [param for param in found if not only or param.values[0] in only]
+
+
+def counting(compiler):
+    """(a list of the graphs compiled so far, the torch.compile backend that fills it)."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    return graphs, count

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import device_of, everywhere
+from backends import counting, device_of, everywhere
 
 from arpo_ext import ops
 from arpo_ext.ops import logprob_entropy_reference as reference
@@ -409,11 +409,18 @@ def test_direct_outputs_must_be_on_the_device_of_the_logits():
         ops.logprob_entropy_into(torch.randn(4, 9), entropy=torch.empty(4, device="meta"))
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e30])
-def test_the_bounds_of_the_temperature_are_inside_as_number_and_as_tensor(temperature):
-    logits = torch.randn(2, 9)
-    for given in (temperature, torch.tensor(temperature)):
-        assert ops.entropy(logits, temperature=given).isfinite().all()
+@pytest.mark.parametrize("temperature", [1e-15, 1e30])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e30])
+def test_the_bounds_of_the_temperature_are_inside_as_number_and_as_tensor(backend, temperature, scale):
+    leaf = (random_logits(2, 9, backend=backend) * scale).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    expected = oracle(exact, random_labels(leaf), temperature)[1]
+    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    for given in (temperature, torch.tensor(temperature, device=leaf.device)):
+        entropy = ops.entropy(leaf, temperature=given, backend=backend)
+        torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(entropy.sum(), leaf)
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item() + 1e-30)
 
 
 def test_inplace_backward_refuses_what_it_would_corrupt():
@@ -457,6 +464,21 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.arpo_ext.logprob_entropy_backward.default, (logits, *extra, *upstream, backend))
         inplace = torch.ops.arpo_ext.logprob_entropy_backward_.default
         torch.library.opcheck(inplace, (logits.clone(), *extra, *upstream, backend))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_twice_for_all_temperatures_given_as_numbers(compiler):
+    """Once for the first, and once for any."""
+    torch._dynamo.reset()
+    leaf = random_logits(3, 65).requires_grad_()
+    labels, (graphs, count) = random_labels(leaf), counting(compiler)
+    compiled = torch.compile(ops.logprob_entropy, fullgraph=True, backend=count)
+    for temperature in (0.3, 0.5, 0.7, 1.0, 1.2, 2.0):
+        ours, expected = (f(leaf, labels, temperature=temperature) for f in (compiled, ops.logprob_entropy))
+        torch.testing.assert_close(ours, expected)
+        gradients = (torch.autograd.grad(logprob.sum() + entropy.sum(), leaf) for logprob, entropy in (ours, expected))
+        torch.testing.assert_close(*gradients)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -504,7 +526,11 @@ LOGITS = torch.zeros(2, 5)
         (LOGITS, {"temperature": math.nan}, "got nan"),
         (LOGITS, {"temperature": torch.ones(3)}, r"temperature must be a number or a tensor of shape \(\) or \(2,\)"),
         (LOGITS, {"temperature": torch.ones((), requires_grad=True)}, "needs no gradient"),
-        (LOGITS, {"labels": torch.zeros(2, dtype=torch.int64, device="meta")}, "on the logits' device cpu, got meta"),
+        (
+            LOGITS,
+            {"labels": torch.zeros(2, dtype=torch.int64, device="meta")},
+            "labels must be on the device of logits, cpu, got meta",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(logits, options, message):
@@ -518,7 +544,7 @@ def test_wrong_rows_are_named(backend):
     for label in (5, -1, -(2**63)):
         with pytest.raises(ValueError, match=rf"labels must be in 0 to 4 or equal ignore_index -100, got {label}"):
             ops.logprob_entropy(LOGITS, torch.tensor([0, label]), backend=backend)
-    with pytest.raises(ValueError, match="temperature must be positive, in 1e-30 to 1e30, got -2"):
+    with pytest.raises(ValueError, match="temperature must be positive, in 1e-15 to 1e30, got -2"):
         ops.entropy(LOGITS, temperature=torch.tensor([1.0, -2.0]), backend=backend)
 
 

@@ -40,11 +40,18 @@ class LogitsCall(NamedTuple):
 
 
 def checked_call(
-    logits: Tensor, labels: Tensor | None, temperature: float | Tensor, ignore_index: int, mask: Tensor | None
+    logits: Tensor,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    ignore_index: int,
+    mask: Tensor | None,
+    name: str = "logits",
+    axis: str = "V",
 ) -> LogitsCall:
+    """`name` and `axis`: what errors call the rows."""
     if logits.dim() == 0 or logits.shape[-1] == 0 or logits.dtype not in _DTYPES:
         raise ValueError(
-            "logits must be [..., V] with V >= 1 in float32, bfloat16, float16 or float64, "
+            f"{name} must be [..., {axis}] with {axis} >= 1 in float32, bfloat16, float16 or float64, "
             f"got {logits.dtype} of shape {tuple(logits.shape)}"
         )
     rows = logits.shape[:-1]
@@ -64,11 +71,15 @@ def checked_call(
                 f"got shape {tuple(temperature.shape)}, requires_grad={temperature.requires_grad}"
             )
         temperatures, temperature = temperature.to(result_dtype(logits)), 1.0
-    elif not 1e-30 <= temperature <= 1e30:
-        raise ValueError(f"temperature must be positive, in 1e-30 to 1e30, got {temperature}")
-    for name, tensor in (("labels", labels), ("mask", mask), ("temperature", temperatures)):
+    elif not 1e-15 <= temperature <= 1e30:
+        raise ValueError(f"temperature must be positive, in 1e-15 to 1e30, got {temperature}")
+    elif torch.compiler.is_compiling():
+        # A number given to an op is part of the graph, so that every new temperature would compile another one, and
+        # hit the limit of them. So is one that fills a tensor; a product keeps it an input.
+        temperatures, temperature = logits.new_ones((), dtype=result_dtype(logits)) * temperature, 1.0
+    for other, tensor in (("labels", labels), ("mask", mask), ("temperature", temperatures)):
         if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+            raise ValueError(f"{other} must be on the device of {name}, {logits.device}, got {tensor.device}")
     if labels is not None and _native.device_kind(labels) == "cuda":
         prepare_invalid_label_counter(labels.device)
     return LogitsCall(logits, labels, mask, temperatures, float(temperature), ignore_index)
@@ -165,10 +176,10 @@ def without_invalid_labels(call: LogitsCall, *, count: bool = True) -> LogitsCal
 def check_temperatures(call: LogitsCall) -> None:
     if call.temperatures is None or call.temperatures.device.type != "cpu":
         return
-    wrong = ~((call.temperatures >= 1e-30) & (call.temperatures <= 1e30))
+    wrong = ~((call.temperatures >= 1e-15) & (call.temperatures <= 1e30))
     if call.mask is not None:
         wrong = wrong & call.mask
     if wrong.any():
         raise ValueError(
-            f"temperature must be positive, in 1e-30 to 1e30, got {call.temperatures.expand_as(wrong)[wrong][0]:g}"
+            f"temperature must be positive, in 1e-15 to 1e30, got {call.temperatures.expand_as(wrong)[wrong][0]:g}"
         )

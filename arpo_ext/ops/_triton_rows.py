@@ -27,7 +27,7 @@ def temperature_of(row, temperatures, temperature_stride, temperature, temperatu
     """(high, rest); NaN where it is out of range."""
     if temperatures is not None:
         value = tl.load(temperatures + row * temperature_stride)
-        return tl.where((value >= 1e-30) & (value <= 1e30), value, float("nan")), 0.0
+        return tl.where((value >= 1e-15) & (value <= 1e30), value, float("nan")), 0.0
     else:
         return temperature, temperature_rest
 

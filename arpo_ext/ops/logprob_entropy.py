@@ -47,7 +47,7 @@ def logprob_entropy(
 
     logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided (`logits[:, :-1]`), columns adjacent.
     labels: [...] integers in 0 to V-1. `ignore_index` gives logprob 0 (the entropy is still computed).
-    temperature: a number, or a tensor that is 0-d or [...]; positive, not differentiable.
+    temperature: a number, or a tensor that is 0-d or [...]; positive, in 1e-15 to 1e30, not differentiable.
     mask: [...] bool; where False both results are 0 and the row is not read.
     inplace_backward: let the gradient take the logits' memory. Any other use of the logits in the backward pass then
         raises torch's "modified by an inplace operation". Inside `torch.compile` it has no effect.
