@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import ON_CPU, device_of, everywhere
+from backends import ON_CPU, counting, device_of, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -378,11 +378,7 @@ def test_compiles_as_one_graph_for_all_temperatures(compiler):
     torch._dynamo.reset()
     hidden, weight, bias, labels = operands(6, 5, 23)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+    graphs, count = counting(compiler)
 
     def loss(hidden, weight, bias, temperature):
         logprob, entropy = ops.linear_logprob_entropy(
@@ -399,6 +395,57 @@ def test_compiles_as_one_graph_for_all_temperatures(compiler):
             for a, e in gradients:
                 torch.testing.assert_close(a, e)
     assert len(graphs) == 2  # one for each shape of the temperature
+
+
+def test_compiles_twice_for_all_temperatures_given_as_numbers():
+    """Once for the first, and once for any."""
+    torch._dynamo.reset()
+    hidden, weight, _, labels = operands(6, 5, 23)
+    graphs, count = counting("aot_eager")
+    compiled = torch.compile(ops.linear_logprob_entropy, fullgraph=True, backend=count)
+    for temperature in (0.3, 0.5, 0.7, 1.0, 1.2, 2.0):
+        ours = compiled(hidden, weight, labels, temperature=temperature)
+        for a, e in zip(ours, ops.linear_logprob_entropy(hidden, weight, labels, temperature=temperature), strict=True):
+            torch.testing.assert_close(a, e)
+    assert len(graphs) == 2
+
+
+def test_compiles_once_for_all_sizes():
+    torch._dynamo.reset()
+    graphs, count = counting("aot_eager")
+    compiled = torch.compile(ops.linear_logprob_entropy, fullgraph=True, backend=count)
+    for rows, vocab in ((6, 23), (7, 29), (9, 64)):
+        hidden, weight, bias, labels = operands(rows, 5, vocab)
+        for tensor in (hidden, weight, bias, labels):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        ours = compiled(hidden.requires_grad_(), weight, labels, bias)
+        for a, e in zip(ours, ops.linear_logprob_entropy(hidden, weight, labels, bias), strict=True):
+            torch.testing.assert_close(a, e)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("rows", [(12,), (3, 4), ()])
+def test_results_are_no_views(backend, rows):
+    """FSDP warns of a module that returns one: a write into it would lose the hook that gathers the weights."""
+    hidden, weight, _, labels = operands(12, 5, 23, backend=backend)
+    hidden, labels = (hidden.view(*rows, 5), labels.view(rows)) if rows else (hidden[0], labels[0])
+    for result in ops.linear_logprob_entropy(hidden.requires_grad_(), weight, labels, backend=backend):
+        assert result.shape == rows
+        assert not result._is_view()
+
+
+def test_shapes_of_tensors_without_memory():
+    hidden, weight, bias, labels = (t.to("meta") for t in operands(6, 5, 23))
+    for result in ops.linear_logprob_entropy(hidden.view(2, 3, 5), weight, labels.view(2, 3), bias):
+        assert (result.shape, result.device.type) == ((2, 3), "meta")
+
+
+def test_autocast_leaves_float64_alone():
+    *tensors, labels = (t.double() if t.is_floating_point() else t for t in operands(5, 4, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = ops.linear_logprob_entropy(*tensors[:2], labels, tensors[2])
+    for a, e in zip(ours, naive(*tensors, labels), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -451,7 +498,7 @@ def test_a_dtensor_is_refused():
         ({"bias": torch.zeros(9).double()}, r"bias must have the dtype and device of hidden"),
         (
             {"hidden": torch.zeros(2, 3, dtype=torch.int64), "weight": torch.zeros(9, 3, dtype=torch.int64)},
-            "torch.int64",
+            r"hidden must be \[..., D\] .*, got torch.int64",
         ),
         ({"labels": torch.tensor([0])}, r"labels must be integers of shape \(2,\)"),
         ({"labels": torch.tensor([0, 9])}, r"labels must be in 0 to 8 or equal ignore_index -100, got 9"),

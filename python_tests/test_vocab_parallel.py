@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 
 from arpo_ext import ops
 from arpo_ext.ops._logits import LogitsCall
@@ -293,6 +294,12 @@ def mistakes(rank, ranks):
         ops.entropy(part, group=world, vocab_start=VOCAB, vocab_total=VOCAB)
     with pytest.raises(ValueError, match="go together"):
         ops.entropy(part, group=world, vocab_start=0)
+    for group, got in (
+        (dist.GroupMember.NON_GROUP_MEMBER, "that of a group this rank is not in"),
+        (init_device_mesh("cpu", (ranks,)), "DeviceMesh"),
+    ):
+        with pytest.raises(ValueError, match=f"group must be a .*ProcessGroup this rank belongs to, got {got}"):
+            ops.entropy(part, group=group)
     labels[3] = VOCAB
     for backend in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"labels must be in 0 to 23 or equal ignore_index -100, got 24"):

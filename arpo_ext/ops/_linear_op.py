@@ -2,6 +2,9 @@
 
 running = sums(hidden, weight)                         # no gradient; with a group then gathered and merged
 logprob, entropy = combine(hidden, weight, running)    # its backward pass is the op `backward`
+
+They take and give rows of any leading dimensions: a reshaped result of one of flat rows would be a view, which FSDP
+warns of.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ _BACKWARD = {
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? mask, Tensor? temperatures, "
-    "float temperature, int ignore_index, float softcap, int chunk_tokens, int vocab_start, int vocab_total"
+    "float temperature, int ignore_index, float softcap, int chunk_tokens, SymInt vocab_start, SymInt vocab_total"
 )
 _COUNT = len(LinearCall._fields)
 torch.library.define("arpo_ext::linear_logprob_entropy_sums", f"({_INPUTS}, str backend) -> Tensor")
@@ -105,18 +108,19 @@ def _run(table: dict[str, Backend], backend: str, call: LinearCall, *args: objec
 @torch.library.impl("arpo_ext::linear_logprob_entropy_sums", "default")
 def _sums(*args):
     *inputs, backend = args
-    return _run(_SUMS, backend, LinearCall(*inputs))
+    call = LinearCall(*inputs)
+    return _run(_SUMS, backend, call.flat()).view(*call.hidden.shape[:-1], 4)
 
 
 @torch.library.register_fake("arpo_ext::linear_logprob_entropy_sums")
 def _sums_fake(hidden, *_):
-    return hidden.new_empty((hidden.shape[0], 4), dtype=torch.float64)
+    return hidden.new_empty((*hidden.shape[:-1], 4), dtype=torch.float64)
 
 
 def _empty_results(hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    count, dtype = hidden.shape[0], result_dtype(hidden)
-    logprob = hidden.new_empty(0 if labels is None else count, dtype=dtype)
-    return logprob, hidden.new_empty(count, dtype=dtype), hidden.new_empty((3, count), dtype=dtype)
+    rows, dtype = hidden.shape[:-1], result_dtype(hidden)
+    logprob = hidden.new_empty((0,) if labels is None else rows, dtype=dtype)
+    return logprob, hidden.new_empty(rows, dtype=dtype), hidden.new_empty((3, *rows), dtype=dtype)
 
 
 @torch.library.impl("arpo_ext::linear_logprob_entropy_combine", "default")
@@ -124,9 +128,10 @@ def _combine(*args):
     *inputs, running, _group, backend = args
     call = LinearCall(*inputs)
     results = _empty_results(call.hidden, call.labels)
-    for out, result in zip(results, _run(_COMBINE, backend, call, running), strict=True):
+    found = _run(_COMBINE, backend, call.flat(), running.reshape(-1, 4))
+    for out, result in zip(results, found, strict=True):
         if result is not None:
-            out.copy_(result)
+            out.copy_(result.view_as(out))
     return results
 
 
@@ -144,9 +149,11 @@ def _empty_gradients(hidden, weight, need_hidden, need_weight, need_bias, in_flo
 
 @torch.library.impl("arpo_ext::linear_logprob_entropy_backward", "default")
 def _backward(*args):
-    inputs, (stats, grad_logprob, grad_entropy, *needs, in_float32, backend) = args[:_COUNT], args[_COUNT:]
+    inputs, (stats, *upstream), (*needs, in_float32, backend) = args[:_COUNT], args[_COUNT:-5], args[-5:]
     call = LinearCall(*inputs)
-    found = _run(_BACKWARD, backend, call, Upstream(stats, grad_logprob, grad_entropy), Wanted(*needs))
+    flat = Upstream(stats.reshape(3, -1), *(None if t is None else t.reshape(-1) for t in upstream))
+    grad_hidden, *others = _run(_BACKWARD, backend, call.flat(), flat, Wanted(*needs))
+    found = (None if grad_hidden is None else grad_hidden.view(call.hidden.shape), *others)
     nothing = _empty_gradients(call.hidden, call.weight, False, False, False, in_float32)
     return tuple(empty if t is None else t.to(empty.dtype) for t, empty in zip(found, nothing, strict=True))
 

@@ -33,8 +33,9 @@ _GPU_TOKENS, _GPU_ELEMENTS, _GPU_BACKWARD_ELEMENTS = 4096, 8 << 20, 32 << 20
 class LinearCall(NamedTuple):
     """The checked inputs that forward and backward share, in the order of the op's schema.
 
-    Rows are flat: hidden [N, D], labels, mask and temperatures [N] (temperatures may be 0-d). `weight` and `bias` are
-    the rows `vocab_start` and up of a vocabulary of `vocab_total`. softcap 0: none; chunk_tokens 0: choose.
+    hidden [..., D], labels, mask and temperatures [...] (temperatures may be 0-d). `weight` and `bias` are the rows
+    `vocab_start` and up of a vocabulary of `vocab_total`. softcap 0: none; chunk_tokens 0: choose. The backends take
+    what `flat` gives: hidden [N, D] and the others [N].
     """
 
     hidden: Tensor
@@ -49,6 +50,12 @@ class LinearCall(NamedTuple):
     chunk_tokens: int
     vocab_start: int
     vocab_total: int
+
+    def flat(self) -> LinearCall:
+        rows = self.hidden.shape[:-1]
+        labels, mask, temperatures = (t if t is None or t.shape != rows else t.reshape(-1) for t in self[3:6])
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return self._replace(hidden=hidden, labels=labels, mask=mask, temperatures=temperatures)
 
     def rows(self, logits: Tensor, rows: slice | Tensor = slice(None), start: int = 0) -> LogitsCall:
         """The logits of some rows and of the columns `start` and up, as the row sums take them."""

@@ -16,7 +16,7 @@ from arpo_ext.ops._vocab_parallel import Shard, gather
 
 _CALL = (
     "Tensor logits, Tensor? labels, Tensor? mask, Tensor? temperatures, float temperature, int ignore_index, "
-    "int vocab_start, int vocab_total"
+    "SymInt vocab_start, SymInt vocab_total"
 )
 _COUNT = len(LogitsCall._fields)
 torch.library.define("arpo_ext::logprob_entropy_sums", f"({_CALL}, str backend) -> Tensor")
@@ -29,11 +29,9 @@ torch.library.define(
 def over_ranks(call: LogitsCall, shard: Shard, inplace_backward: bool, backend: str) -> tuple[Tensor, Tensor]:
     """(logprob, entropy) of whole rows; `call` holds this rank's columns. Without labels logprob is empty."""
     call = call._replace(vocab_start=shard.start, vocab_total=shard.total)
-    rows = call.logits.shape[:-1]
-    mask, temperatures = (t if t is None or t.shape != rows else t.reshape(-1) for t in call[2:4])
     running = torch.ops.arpo_ext.logprob_entropy_sums(*call, backend)
-    flat = gather(running.view(-1, 4), shard, call.logits.shape[-1], mask, temperatures, call.temperature)
-    results = torch.ops.arpo_ext.logprob_entropy_combine(*call, flat.view(*rows, 4), inplace_backward, backend)
+    running = gather(running, shard, call.logits.shape[-1], call.mask, call.temperatures, call.temperature)
+    results = torch.ops.arpo_ext.logprob_entropy_combine(*call, running, inplace_backward, backend)
     return results[0], results[1]
 
 

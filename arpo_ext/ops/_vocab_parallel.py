@@ -32,6 +32,10 @@ def shard_of(
         )
     if group is None:
         return Shard("", 1, 0, columns)
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        # A rank outside a new group is given a number instead of it.
+        got = "that of a group this rank is not in" if isinstance(group, int) else type(group).__name__
+        raise ValueError(f"group must be a torch.distributed.ProcessGroup this rank belongs to, got {got}")
     start = group.rank() * columns if vocab_start is None else vocab_start
     total = group.size() * columns if vocab_total is None else vocab_total
     if not 0 <= start <= total - columns:
@@ -42,16 +46,18 @@ def shard_of(
 def gather(
     running: Tensor, shard: Shard, columns: int, mask: Tensor | None, temperatures: Tensor | None, temperature: float
 ) -> Tensor:
-    """`running` [N, 4] (see `_shards`) of this rank's columns -> that of the whole vocabulary."""
+    """`running` [..., 4] (see `_shards`) of this rank's columns -> that of the whole vocabulary."""
     if not shard.group:
         return running
+    rows = running.shape[:-1]
+    mask, temperatures = (t if t is None or t.shape != rows else t.reshape(-1) for t in (mask, temperatures))
     # The last row says which columns these are, so that a gap or an overlap shows without another collective.
     # Filled on the device: a tensor made from numbers would be copied to a GPU while the host waits.
     place = [running.new_full((1, 1), number) for number in (shard.start, columns, shard.total, 0)]
-    mine = torch.cat((running, torch.cat(place, 1)))
+    mine = torch.cat((running.view(-1, 4), torch.cat(place, 1)))
     every = torch.ops._c10d_functional.all_gather_into_tensor(mine, shard.ranks, shard.group)
     every = torch.ops._c10d_functional.wait_tensor(every).view(shard.ranks, -1, 4)
-    return torch.ops.arpo_ext.merge_shards(every, mask, temperatures, temperature)
+    return torch.ops.arpo_ext.merge_shards(every, mask, temperatures, temperature).view(*rows, 4)
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:

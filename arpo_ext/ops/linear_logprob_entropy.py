@@ -41,13 +41,14 @@ def linear_logprob_entropy(
     """`(logprob, entropy)` of each row of hidden, differentiable in hidden, weight and bias; no labels, no logprob.
 
     hidden: [..., D], weight: [V, D], bias: [V] or None; one dtype: float32, bfloat16, float16, or float64 (reference
-        backend only). Under autocast all are cast to its dtype. bfloat16 and float16: products accumulate and logits
-        are kept in float32; only the gradient of the logits is rounded, on the GPU, for the products that follow.
+        backend only). Under autocast all but float64 are cast to its dtype. bfloat16 and float16: products accumulate
+        and logits are kept in float32; only the gradient of the logits is rounded, on the GPU, for the products that
+        follow.
     labels: [...] integers in 0 to V-1. `ignore_index` gives logprob 0 (the entropy is still computed).
     temperature: a number, or a tensor that is 0-d or [...]; positive, not differentiable. Divides after the softcap.
     mask: [...] bool; where False both results are 0 and hidden is not used. On the CPU such rows cost nothing; on the
         GPU they still pass through the matrix products, because counting them would wait for the device.
-    softcap: positive number or None.
+    softcap: positive number, in 1e-30 to 1e30, or None.
     chunk_tokens: rows of a tile, at most; None: what was measured to be fast. Memory above the results follows it.
     group: the process group over which the vocabulary is divided, in the order of its ranks: weight and bias hold this
         rank's V rows, labels count over all of them, and hidden, labels and everything else are the same on every rank.
@@ -69,19 +70,17 @@ def linear_logprob_entropy(
             )
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_operands(hidden, weight, bias)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be positive, in 1e-30 to 1e30, or None, got {softcap}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, or None, got {chunk_tokens}")
-    rows = hidden.shape[:-1]
-    checked = checked_call(hidden, labels, temperature, ignore_index, mask)
+    checked = checked_call(hidden, labels, temperature, ignore_index, mask, "hidden", "D")
     shard = parallel.shard_of(group, weight.shape[0], vocab_start, vocab_total)
     call = LinearCall(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
         bias,
-        *(t if t is None or t.shape != rows else t.reshape(-1) for t in checked[1:4]),
-        checked.temperature,
+        *checked[1:5],
         ignore_index,
         softcap or 0.0,
         chunk_tokens or 0,
@@ -91,15 +90,17 @@ def linear_logprob_entropy(
     running = torch.ops.arpo_ext.linear_logprob_entropy_sums(*call, backend)
     running = parallel.gather(running, shard, weight.shape[0], call.mask, call.temperatures, call.temperature)
     logprob, entropy, _ = torch.ops.arpo_ext.linear_logprob_entropy_combine(*call, running, shard.group, backend)
-    return (None if labels is None else logprob.view(rows)), entropy.view(rows)
+    return (None if labels is None else logprob), entropy
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # As torch's own products do, which leave float64 alone.
+    cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)]
+    return cast[0], cast[1], cast[2]
 
 
 def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

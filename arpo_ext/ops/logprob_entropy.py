@@ -179,7 +179,7 @@ def _check_inplace(logits: Tensor) -> None:
 _INPUTS = "Tensor? labels, Tensor? mask, Tensor? temperatures, float temperature, int ignore_index"
 _UPSTREAM = "Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy"
 # The backward ops serve shards too; vocab_total 0: the logits are all columns.
-_SHARD = "int vocab_start=0, int vocab_total=0"
+_SHARD = "SymInt vocab_start=0, SymInt vocab_total=0"
 torch.library.define(
     "arpo_ext::logprob_entropy_forward",
     f"(Tensor logits, {_INPUTS}, bool inplace_backward, str backend) -> (Tensor logprob, Tensor entropy, Tensor stats)",
