@@ -5,7 +5,8 @@ and three matrix products of that shape; everything else here touches each logit
 
 The vocabulary is the outer loop and the tokens the inner one. Then each weight is read from memory once per pass, its
 gradient is complete when its tile is done, and low-precision weights need a float32 accumulator of one tile instead of
-one of V x D. What grows with N is the float32 accumulator of a low-precision grad_hidden.
+one of V x D. What grows with N is the float32 accumulator of a low-precision grad_hidden, and the hidden
+states that are left where rows are skipped.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 The logits exist one small tile at a time, in float32: computed, summed up row by row, overwritten. The backward pass
 computes each tile again, turns it into the gradient of the logits where it lies, and adds its products with weight and
 hidden to theirs, in float32 whatever the dtype of the operands. So memory above inputs, outputs and gradients does not
-grow with N (but for a float32 accumulator of the gradient of low-precision hidden states), and time is that of one
-matrix product forward and three backward.
+grow with N, but for a float32 accumulator of the gradient of low-precision hidden states and, while rows are skipped or
+strided, a copy of the others. Time is that of one matrix product forward and three backward.
 """
 
 from __future__ import annotations
