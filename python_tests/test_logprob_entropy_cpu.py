@@ -139,6 +139,12 @@ def flags_of(address):
     raise AssertionError(f"no mapping holds {address:#x}")
 
 
+def host_gets_free_pages_back():
+    """Whether this is a virtual machine with a balloon that reports free pages (bit 5 of the device's features)."""
+    devices = Path("/sys/bus/virtio/drivers/virtio_balloon").glob("*/features")
+    return any(device.read_text()[5:6] == "1" for device in devices)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
     reason="needs Linux with transparent huge pages",
@@ -151,7 +157,9 @@ def test_huge_pages_are_asked_for_inside_the_range_only():
     _native.C.prefer_huge_pages(start, size)
     first, last = -(-start // (2 * mib)) * 2 * mib, (start + size) // (2 * mib) * 2 * mib
     flagged = ["hg" in flags_of(address) for address in (first - 1, first, last - 1, last)]
-    assert flagged == [False, True, True, False]
+    # Where free memory goes back to the host, huge pages are the slow ones and are not asked for.
+    asked = not host_gets_free_pages_back()
+    assert flagged == [False, asked, asked, False]
     _native.C.prefer_huge_pages(start + 16 * mib, 3 * mib)  # too little to be worth the call
     _native.C.prefer_huge_pages(0, 0)
     _native.C.prefer_huge_pages(1 << 61, 1 << 30)  # no such memory: refused by the system, ignored by us
