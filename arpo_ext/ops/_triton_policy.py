@@ -146,8 +146,8 @@ def bounds_kernel(weight, group, bounds, misplaced, count: tl.int64, groups: tl.
     inside = within & (here >= 0) & (here < groups)
     trained = tl.load(weight + t, mask=within, other=0.0) != 0.0
     tl.atomic_max(misplaced + t * 0, 1, mask=within & trained & (inside == 0))
-    tl.atomic_max(bounds + 2 * here, count - t, mask=inside & ((here != before) | (t == 0)))
-    tl.atomic_max(bounds + 2 * here + 1, t + 1, mask=inside & ((here != after) | (t + 1 == count)))
+    tl.atomic_max(bounds + 2 * here, count - t, mask=inside & (here != before))
+    tl.atomic_max(bounds + 2 * here + 1, t + 1, mask=inside & (here != after))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
