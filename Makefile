@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | native | cuda-check | gpu-check (gpu-test, gpu-sanitize, gpu-bench)
+# make demo | test | bench | lint | native | sanitize | cuda-check | gpu-check (gpu-test, gpu-sanitize, gpu-bench)
 # The first call sets up .venv, pinned; later calls find it ready.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ NATIVE_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 CMAKE := PATH="$(abspath $(dir $(NATIVE_PYTHON))):$$PATH" cmake
 TORCH_CPU := torch==2.13.0+cpu
 
-.PHONY: demo test bench lint setup native cuda-check gpu-check gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test bench lint setup native sanitize sanitize-cpu sanitize-cuda cuda-check gpu-check gpu-test gpu-sanitize gpu-bench
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -60,6 +60,27 @@ native:
 	  -Dpybind11_DIR="$$($(NATIVE_PYTHON) -m pybind11 --cmakedir)" \
 	  -DARPO_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) $(NATIVE_FLAGS)
 	$(CMAKE) --build build/native
+
+# The ops' tests over a build that watches every access and operation, and the CUDA kernels so in their emulation. Left out:
+# what compiles or traces and the references, whose code is torch's. Leaks are not looked for: Python's interpreter leaves many.
+SANITIZED_TESTS = $(sort $(wildcard python_tests/test_shards.py python_tests/test_linear_logprob_entropy.py \
+  $(foreach source,$(wildcard csrc/*_cpu.cpp),python_tests/test_$(patsubst csrc/%_cpu.cpp,%,$(source))*.py)))
+SANITIZED_PYTEST = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ARPO_SANITIZED=build/sanitize $(NATIVE_PYTHON) -m pytest -q \
+  --capture=sys --timeout 600 -k "not opcheck and not compile and not benchmark and not graph and not memory_above \
+  and not reference"
+sanitize: setup
+	$(CMAKE) -S . -B build/sanitize -G Ninja -DARPO_SANITIZE=ON -DARPO_CUDA=OFF \
+	  -DPython_EXECUTABLE="$$($(NATIVE_PYTHON) -c 'import sys; print(sys.executable)')" \
+	  -Dpybind11_DIR="$$($(NATIVE_PYTHON) -m pybind11 --cmakedir)"
+	$(CMAKE) --build build/sanitize
+	$(MAKE) -j2 --output-sync sanitize-cpu sanitize-cuda
+
+sanitize-cpu:
+	OMP_NUM_THREADS=2 $(SANITIZED_PYTEST) $(SANITIZED_TESTS)
+
+sanitize-cuda:
+	OMP_NUM_THREADS=1 $(SANITIZED_PYTEST) python_tests/test_cuda_emulation.py
 
 # Every kernel for every release architecture: fails on a spill, and where a streaming kernel loads less than 16 bytes at a time.
 cuda-check: setup

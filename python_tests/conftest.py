@@ -1,12 +1,21 @@
 """What tests share: tokenizers built in code, outputs that show if nobody wrote them, GPU tests only with a GPU."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Matrices this small are slower on two threads than on one, on a busy machine up to 30 times. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if "ARPO_SANITIZED" in os.environ:  # `make sanitize`: this build instead of the one in arpo_ext/
+    (module_file,) = Path(os.environ["ARPO_SANITIZED"]).glob("_C.*.so")
+    module_spec = importlib.util.spec_from_file_location("arpo_ext._C", module_file)
+    sys.modules["arpo_ext._C"] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(sys.modules["arpo_ext._C"])
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

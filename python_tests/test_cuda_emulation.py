@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU (see cuda_emulation/__init__.py): tests that ops run on a GPU, and seeded faults."""
 
 import inspect
+import os
 import re
 import sys
 import types
@@ -9,6 +10,7 @@ import cuda_emulation
 import pytest
 import test_branch_points
 import test_branch_tokens
+import test_exactness
 import test_expand_advantages
 import test_group_advantages
 import test_linear_logprob_entropy
@@ -47,6 +49,11 @@ class Emulated:
         cuda_emulation.schedule(order, multiprocessors=multiprocessors)
         with cuda_emulation.serving_cpu_tensors():
             yield
+
+    @pytest.fixture(autouse=True)
+    def _products(self, monkeypatch):
+        """The path of the GPU needs products of low-precision operands in float32, which the CPU lacks."""
+        monkeypatch.setattr(_linear_tiles, "_multiply", test_linear_logprob_entropy.product_on_a_gpu)
 
     @pytest.fixture
     def backend(self):
@@ -91,6 +98,7 @@ def gpu_tests_of(module, *, leave_out=()):
 
 TestLogprobEntropy = gpu_tests_of(test_logprob_entropy, leave_out={"test_wrong_rows_are_named", "test_opcheck"})
 TestLogitsStats = gpu_tests_of(test_logits_stats)
+TestExactness = gpu_tests_of(test_exactness)
 TestShards = gpu_tests_of(test_shards)
 TestBranchPoints = gpu_tests_of(test_branch_points)
 TestBranchTokens = gpu_tests_of(test_branch_tokens)
@@ -101,12 +109,6 @@ TestPolicyLossForms = gpu_tests_of(test_policy_loss_forms)
 
 
 class TestLinearLogprobEntropy(gpu_tests_of(test_linear_logprob_entropy, leave_out={"test_opcheck"})):
-    """The path of the GPU: all rows pass through the products, whose low-precision form the CPU lacks."""
-
-    @pytest.fixture(autouse=True)
-    def _products(self, monkeypatch):
-        monkeypatch.setattr(_linear_tiles, "_multiply", test_linear_logprob_entropy.product_on_a_gpu)
-
     @pytest.fixture
     def small_tiles(self, monkeypatch):
         test_linear_logprob_entropy.make_small_tiles(monkeypatch)
@@ -177,6 +179,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.skipif("ARPO_SANITIZED" in os.environ, reason="the address sanitizer watches instead")
 @pytest.mark.parametrize("order", cuda_emulation.ORDERS)
 @pytest.mark.parametrize(
     ("kernel", "expected"),

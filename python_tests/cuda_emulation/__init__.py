@@ -33,7 +33,7 @@ FENCE = 4096
 @functools.cache
 def _built() -> Path | RuntimeError:
     try:
-        return build(sanitize=bool(os.environ.get("ARPO_SANITIZE")))
+        return build(sanitize=bool(os.environ.get("ARPO_SANITIZED")))
     except RuntimeError as error:  # kept, so that not every test compiles again
         return error
 

@@ -127,7 +127,7 @@ def _commands(sources: Path, sanitize: bool) -> dict[str, list[str]]:
         commands[path.stem] = [*common, *DEFINES, "-O0", f"-I{CSRC}", str(path)]
     commands["bindings"] = [*common, *DEFINES, "-O0", f"-I{CSRC}", *python, str(CSRC / "bindings.cpp")]
     for name in ("scheduler", "memory"):
-        commands[name] = [*common, "-O2", *own, str(HERE / f"{name}.cpp")]
+        commands[name] = [*COMMON, "-O2", *own, str(HERE / f"{name}.cpp")]
     return commands
 
 

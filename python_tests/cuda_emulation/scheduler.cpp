@@ -2,7 +2,6 @@
 // in an order the test chooses. Whatever the order, a correct kernel gives the same result.
 #include "scheduler.h"
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -17,15 +16,6 @@
 
 #include "cuda_runtime.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#define ENTER_STACK(saved, bottom, size) __sanitizer_start_switch_fiber(saved, bottom, size)
-#define ENTERED_STACK(saved, bottom, size) __sanitizer_finish_switch_fiber(saved, bottom, size)
-#else
-#define ENTER_STACK(saved, bottom, size) static_cast<void>(0)
-#define ENTERED_STACK(saved, bottom, size) static_cast<void>(0)
-#endif
-
 namespace cuda_emulation {
 
 Position position;
@@ -35,6 +25,10 @@ std::uintptr_t stacks = 0;
 namespace {
 
 constexpr int kWarp = 32;
+
+// For __builtin_setjmp, which saves a stack and a place in the code: no signal mask, hence no system call, and nothing that
+// the address sanitizer takes for the end of a stack.
+using Place = void* [5];
 
 enum class Order { forward, reverse, shuffled };
 enum class State { ready, at_barrier, in_warp, finished };
@@ -50,9 +44,8 @@ struct Thread {
     int source = 0;
     int predicate = 0;
     std::uint64_t result = 0;
-    jmp_buf where{};
+    Place where{};
     bool started = false;
-    void* sanitizer_stack = nullptr;
 };
 
 struct Warp {
@@ -74,11 +67,7 @@ struct Machine {
     const char* kernel = "";
     Vote vote = Vote::none;
     std::exception_ptr failure;
-    jmp_buf scheduler{};
-    // The stack of run(), as the address sanitizer wants it named.
-    void* sanitizer_stack = nullptr;
-    const void* sanitizer_bottom = nullptr;
-    std::size_t sanitizer_size = 0;
+    Place scheduler{};
 };
 Machine machine;
 
@@ -96,18 +85,15 @@ void arrange(std::vector<std::int64_t>& order) {
 
 char* stack_of(int thread) { return reinterpret_cast<char*>(stacks) + thread * kStack; }
 
-void yield() {
-    Thread& self = machine.threads[machine.current];
-    if (_setjmp(self.where) == 0) {
-        ENTER_STACK(&self.sanitizer_stack, machine.sanitizer_bottom, machine.sanitizer_size);
-        _longjmp(machine.scheduler, 1);
-    }
-    ENTERED_STACK(self.sanitizer_stack, nullptr, nullptr);
+// Not known to the compiler, which would leave out the place after the call if it knew that the call never comes back.
+__attribute__((noipa)) void jump(Place& place) { __builtin_longjmp(place, 1); }
+
+__attribute__((noipa)) void yield() {
+    if (__builtin_setjmp(machine.threads[machine.current].where) == 0) jump(machine.scheduler);
 }
 
 // Serves one thread after another; the stack is kept for the next block.
 void fiber() {
-    ENTERED_STACK(nullptr, &machine.sanitizer_bottom, &machine.sanitizer_size);
     for (;;) {
         (*machine.body)();
         machine.threads[machine.current].state = State::finished;
@@ -116,13 +102,12 @@ void fiber() {
     }
 }
 
-void resume(int index) {
+__attribute__((noipa)) void resume(int index) {
     Thread& thread = machine.threads[index];
     machine.current = index;
     position = thread.position;
-    if (_setjmp(machine.scheduler) == 0) {
-        ENTER_STACK(&machine.sanitizer_stack, stack_of(index), kStack);
-        if (thread.started) _longjmp(thread.where, 1);
+    if (__builtin_setjmp(machine.scheduler) == 0) {
+        if (thread.started) jump(thread.where);
         thread.started = true;
         ucontext_t context;
         getcontext(&context);
@@ -132,7 +117,6 @@ void resume(int index) {
         makecontext(&context, fiber, 0);
         setcontext(&context);
     }
-    ENTERED_STACK(machine.sanitizer_stack, nullptr, nullptr);
     machine.threads[machine.current].position = position;
 }
 
@@ -264,8 +248,7 @@ void fail(const char* what) {
     std::ostringstream text;
     text << machine.kernel << ": thread " << machine.current << " of block " << machine.block.x << " " << what;
     machine.failure = std::make_exception_ptr(std::runtime_error(text.str()));
-    ENTER_STACK(nullptr, machine.sanitizer_bottom, machine.sanitizer_size);
-    _longjmp(machine.scheduler, 1);
+    __builtin_longjmp(machine.scheduler, 1);
 }
 
 int block_barrier(Vote vote, int predicate) {
