@@ -44,6 +44,11 @@ def cuda_missing() -> str | None:
     return C.cuda_unusable()
 
 
+# The compiler cannot look into native code, and takes the answer for a constant. This is all that
+# torch.compiler.assume_constant_result does, but that imports the compiler, which takes a second.
+cuda_missing._dynamo_marked_constant = True
+
+
 def device_kind(tensor: torch.Tensor) -> str:
     """Which native functions take the tensor's memory: "cpu" or "cuda". Tests replace it to emulate a GPU."""
     return tensor.device.type
