@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from arpo_ext.ops import _native
 
@@ -48,6 +49,14 @@ def choose(op: str, table: Mapping[str, Backend], backend: str, *args: Any) -> B
             return candidate
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
+
+
+def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
+    """RuntimeError where a tensor carries a tangent: a registered op drops it, and the derivative would be 0."""
+    if forward_ad._current_level < 0:  # No tensor has one outside of this level, which torch.func.jvp enters too.
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd); expected reverse mode")
 
 
 def refuse_cpu(tensor: torch.Tensor, isa: str = "best") -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from arpo_ext.ops import _linear_op  # noqa: F401  defines the ops called here
 from arpo_ext.ops import _vocab_parallel as parallel
+from arpo_ext.ops._dispatch import refuse_forward_mode
 from arpo_ext.ops._linear_tiles import LinearCall
 from arpo_ext.ops._logits import checked_call
 
@@ -70,6 +71,7 @@ def linear_logprob_entropy(
             )
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_operands(hidden, weight, bias)
+    refuse_forward_mode("linear_logprob_entropy", hidden, weight, bias)
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap must be positive, in 1e-30 to 1e30, or None, got {softcap}")
     if chunk_tokens is not None and chunk_tokens < 1:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arpo_ext.ops._dispatch import choose
+from arpo_ext.ops._dispatch import choose, refuse_forward_mode
 from arpo_ext.ops._logits import LogitsCall, checked_call, empty_gradient, result_dtype
 from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
 from arpo_ext.ops._logprob_entropy_parallel import over_ranks
@@ -65,6 +65,7 @@ def logprob_entropy(
     `invalid_labels` tells how many there were. BackendError: the backend cannot serve the call.
     """
     call = checked_call(logits, labels, temperature, ignore_index, mask)
+    refuse_forward_mode("logprob_entropy", logits)
     if inplace_backward:
         _check_inplace(logits)
         inplace_backward = not torch.compiler.is_compiling()
