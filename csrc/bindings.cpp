@@ -514,22 +514,25 @@ void bind_group_advantages(py::module_& m) {
 // numbers normalizer, kl_coef and entropy_coef; 0 where there is none. `numbers` holds those given as such, then
 // clip_low, clip_high, dual_clip, tau_positive and tau_negative.
 PolicyLoss policy_loss_call(const std::array<Address, 14>& addresses, const std::array<double, 8>& numbers,
-                            std::int64_t count, bool pairs, bool wide, std::int64_t groups, bool mean_gradient,
-                            std::int64_t leaves, int clip, int kl) {
+                            std::int64_t count, bool pairs, int level_code, bool wide, std::int64_t groups,
+                            bool mean_gradient, std::int64_t leaves, int clip, int kl) {
+    ARPO_CHECK(level_code >= 0 && level_code <= static_cast<int>(PolicyLevel::path), "level code must be 0 to 2, got ",
+               level_code);
     ARPO_CHECK(clip >= 0 && clip <= static_cast<int>(PolicyClip::sapo), "clip code must be 0 to 3, got ", clip);
     ARPO_CHECK(kl >= 0 && kl <= static_cast<int>(PolicyKl::k3), "kl code must be 0 to 3, got ", kl);
     const auto column = [&](int i) { return at<const float>(addresses[i]); };
     const auto number = [&](int i) { return PolicyNumber{at<const double>(addresses[11 + i]), numbers[i]}; };
-    const bool paths = addresses[8] != 0;
+    const PolicyLevel level = static_cast<PolicyLevel>(level_code);
     const PolicyTokens tokens{column(0), column(1), column(2), column(3), column(4), column(5), column(6)};
-    const PolicyGroups shared{at<const void>(addresses[7]),
+    const PolicyGroups shared{level,
+                              at<const void>(addresses[7]),
                               wide,
                               groups,
                               mean_gradient,
                               at<const std::int64_t>(addresses[8]),
                               at<const std::int64_t>(addresses[9]),
                               column(10),
-                              paths ? column(2) : nullptr,
+                              level == PolicyLevel::path ? column(2) : nullptr,
                               leaves};
     return {tokens,
             count,
@@ -541,7 +544,7 @@ PolicyLoss policy_loss_call(const std::array<Address, 14>& addresses, const std:
 
 // What only a device where memory can be read here allows.
 void check_paths_on_cpu(const PolicyGroups& tree) {
-    for (std::int64_t s = 0; tree.parent && s < tree.groups; ++s) {
+    for (std::int64_t s = 0; tree.level == PolicyLevel::path && s < tree.groups; ++s) {
         ARPO_CHECK(tree.parent[s] >= -1 && tree.parent[s] < s, "policy_loss: got parent ", tree.parent[s],
                    " of segment ", s, "; expected -1 to ", s - 1);
     }

@@ -11,6 +11,8 @@ namespace arpo {
 // Codes as in arpo_ext/ops/_policy_loss_op.py. The clip "dual" is ppo with a finite dual_clip.
 enum class PolicyClip : int { ppo, gppo, cispo, sapo };
 enum class PolicyKl : int { none, k1, k2, k3 };
+// Where the ratio of a token comes from: its own, its group's, or that of the paths it is on, which only leaves know.
+enum class PolicyLevel : int { token, group, path };
 
 // Order of PolicyLossSums in arpo_ext/ops/policy_loss.py.
 enum PolicyLossSum : int {
@@ -50,9 +52,11 @@ struct PolicyTokens {
     const float* importance;
 };
 
-// Which tokens share a ratio: group[N] int32 or int64 in [0, groups), or null: none. With parent[groups] groups are
-// segments, and each of the leaves has a ratio over the segments on its path to the root.
+// Which tokens share a ratio. At level group: those of one group[N], int32 or int64 in [0, groups). At level path groups
+// are segments, and each of the leaves has a ratio over the segments on its path to the root. Addresses do not tell the
+// level: those of arrays without elements are null.
 struct PolicyGroups {
+    PolicyLevel level;
     const void* group;
     bool wide;  // int64
     std::int64_t groups;

@@ -158,8 +158,12 @@ BlockFunction token_function(bool pair) {
 
 BlockFunction block_function(const PolicyLoss& loss) {
     constexpr PolicyClip any = PolicyClip::ppo;
-    if (loss.groups.parent) return run_block<Level::path, any, false>;
-    if (loss.groups.group) return loss.pairs ? run_block<Level::group, any, true> : run_block<Level::group, any, false>;
+    switch (loss.groups.level) {
+        case Level::path: return run_block<Level::path, any, false>;
+        case Level::group:
+            return loss.pairs ? run_block<Level::group, any, true> : run_block<Level::group, any, false>;
+        case Level::token: break;
+    }
     switch (loss.rule.clip) {
         case PolicyClip::gppo: return token_function<PolicyClip::gppo>(loss.pairs);
         case PolicyClip::cispo: return token_function<PolicyClip::cispo>(loss.pairs);
@@ -185,12 +189,12 @@ void policy_loss_forward(const PolicyLossOnCpu& args) {
         return begin < loss.count ? begin : loss.count;
     };
     const bool cispo = loss.rule.clip == PolicyClip::cispo;
-    const bool shared = loss.groups.parent || (loss.groups.mean_gradient && !cispo);
+    const bool shared = loss.groups.level == Level::path || (loss.groups.mean_gradient && !cispo);
     const Gradients out = {args.out.gradient, args.out.entropy_gradient, shared};
 
     Totals parts[kParts], total;
     *args.misplaced = -1;
-    if (loss.groups.group) {
+    if (loss.groups.level != Level::token) {
         const GroupRatios ratios(loss, rule, part_begin, threads, shared && args.out.gradient, total);
         *args.misplaced = ratios.misplaced;
         if (ratios.misplaced >= 0) return;
@@ -213,7 +217,9 @@ void policy_loss_forward(const PolicyLossOnCpu& args) {
     for (const Totals& part : parts) merge(total, part);
     double* sums = total.sums;
     sums[kSumClipped] = sums[kSumClippedHigh] + sums[kSumClippedLow];
-    if (total.nan > 0) sums[kMaxRatio] = sums[kMaxLogRatio] = __builtin_nan("");
+    // Comparing drops NaN. Log ratios of inf and -inf make the ratio of their group NaN, and are not.
+    if (total.nan > 0) sums[kMaxLogRatio] = __builtin_nan("");
+    if (sums[kSumRatio] != sums[kSumRatio]) sums[kMaxRatio] = sums[kSumRatio];
     double value = -total.objective;
     if (loss.rule.kl != PolicyKl::none) {
         value += value_of(loss.rule.kl_coef) * sums[kSumRefKlK1 + static_cast<int>(loss.rule.kl) - 1];

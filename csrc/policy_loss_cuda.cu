@@ -81,15 +81,16 @@ Workspace workspace_of(const PolicyLoss& loss, void* memory) {
         next += (bytes + 15) / 16 * 16;
         return address;
     };
+    const bool paths = shared.level == PolicyLevel::path;
     w.token_blocks = blocks_of((loss.count + kPack - 1) / kPack, kMaxBlocks);
-    w.columns = w.token_blocks + (shared.parent ? blocks_of(shared.leaves, kMaxBlocks) : 0);
+    w.columns = w.token_blocks + (paths ? blocks_of(shared.leaves, kMaxBlocks) : 0);
     w.partials = reinterpret_cast<double*>(take(kRows * w.columns * static_cast<int64_t>(sizeof(double))));
-    if (shared.group && shared.groups > 0) {
+    if (shared.level != PolicyLevel::token) {
         w.bounds = reinterpret_cast<unsigned long long*>(take((2 * shared.groups + 1) * 8));
         w.misplaced = w.bounds + 2 * shared.groups;
         w.ratios = reinterpret_cast<GroupRatio*>(take(shared.groups * static_cast<int64_t>(sizeof(GroupRatio))));
     }
-    if (shared.parent) {
+    if (paths) {
         w.segments = reinterpret_cast<SegmentSums*>(take(shared.groups * static_cast<int64_t>(sizeof(SegmentSums))));
         w.leaf_gradient = reinterpret_cast<double*>(take(shared.leaves * static_cast<int64_t>(sizeof(double))));
     }
@@ -201,7 +202,7 @@ __device__ void load_tokens(const PolicyLoss& loss, int64_t t, bool aligned, Tok
     load_pack(in.logprob, t, loss.count, aligned, logprob);
     load_pack(in.old_logprob, t, loss.count, aligned, old);
     if (in.importance) load_pack(in.importance, t, loss.count, aligned, importance);
-    if (loss.groups.parent == nullptr) {
+    if (loss.groups.level != PolicyLevel::path) {
         load_pack(in.advantage, loss.pairs ? 2 * t : t, loss.pairs ? 2 * loss.count : loss.count, aligned, pairs[0]);
         if (loss.pairs) load_pack(in.advantage, 2 * t + kPack, 2 * loss.count, aligned, pairs[1]);
     }
@@ -216,7 +217,7 @@ __device__ void load_tokens(const PolicyLoss& loss, int64_t t, bool aligned, Tok
             if (loss.pairs) {
                 token.positive = pairs[i / 2][i % 2 * 2] * factor;
                 token.negative = pairs[i / 2][i % 2 * 2 + 1] * factor;
-            } else if (loss.groups.parent == nullptr) {
+            } else if (loss.groups.level != PolicyLevel::path) {
                 set_advantage(token, pairs[0][i], factor);
             }
         }
@@ -257,7 +258,7 @@ __device__ float add_token(const PolicyLoss& loss, const Bounds& rule, const Tok
     const PolicyKl kl = loss.rule.kl;
     const float w = token.weight, x = token.logprob - token.old_logprob, g = guarded(x), own = expf(g);
     float gradient = 0.0f;
-    if (loss.groups.parent == nullptr) {
+    if (loss.groups.level != PolicyLevel::path) {
         const bool cispo = rule.clip == PolicyClip::cispo;
         const GroupRatio ratio = group ? *group : ratio_at(rule, x);
         const float objective = token.positive * ratio.above + token.negative * ratio.below;
@@ -327,6 +328,7 @@ __global__ void __launch_bounds__(kThreads)
     const Scales scales = {static_cast<float>(-1.0 / normalizer),
                            static_cast<float>(value_of(loss.rule.kl_coef) / normalizer)};
     const float entropy_scale = static_cast<float>(-value_of(loss.rule.entropy_coef) / normalizer);
+    const bool grouped = loss.groups.level != PolicyLevel::token;
     float sums[kRows] = {};
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kPack;
     int64_t t = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
@@ -337,14 +339,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
             gradient[i] = 0.0f;
-            entropy_gradient[i] = entropy_scale * tokens[i].weight;
+            entropy_gradient[i] = 0.0f;
             if (tokens[i].weight == 0.0f) continue;
+            entropy_gradient[i] = entropy_scale * tokens[i].weight;
             GroupRatio ratio = {kNan, kNan, kNan, kNan, kNan, kNan};
-            if (workspace.ratios) {
+            if (grouped) {
                 const int64_t group = group_at(loss.groups, t + i);
                 if (group >= 0 && group < loss.groups.groups) ratio = workspace.ratios[group];
             }
-            gradient[i] = add_token(loss, rule, tokens[i], workspace.ratios ? &ratio : nullptr, scales, sums);
+            gradient[i] = add_token(loss, rule, tokens[i], grouped ? &ratio : nullptr, scales, sums);
         }
         if (out.gradient) store_pack(out.gradient, t, loss.count, aligned, gradient);
         if (out.entropy_gradient) store_pack(out.entropy_gradient, t, loss.count, aligned, entropy_gradient);
@@ -417,6 +420,7 @@ __global__ void __launch_bounds__(1024) groups_kernel(PolicyLoss loss, Bounds ru
     __shared__ double parts[cuda::kWarp];
     const PolicyGroups& shared = loss.groups;
     const PolicyTokens& in = loss.tokens;
+    const bool paths = shared.level == PolicyLevel::path;
     const float scale = static_cast<float>(-1.0 / value_of(loss.rule.normalizer));
     for (int64_t group = blockIdx.x; group < shared.groups; group += gridDim.x) {
         const int64_t end = static_cast<int64_t>(workspace.bounds[2 * group + 1]);
@@ -430,7 +434,7 @@ __global__ void __launch_bounds__(1024) groups_kernel(PolicyLoss loss, Bounds ru
             x += logprob - in.old_logprob[t];
             count += 1.0;
             text += logprob;
-            if (shared.parent || !shared.mean_gradient) continue;
+            if (paths || !shared.mean_gradient) continue;
             const float factor = in.importance ? in.importance[t] : 1.0f;
             if (loss.pairs) {
                 token.positive = in.advantage[2 * t] * factor;
@@ -443,7 +447,7 @@ __global__ void __launch_bounds__(1024) groups_kernel(PolicyLoss loss, Bounds ru
         }
         x = block_total(x, parts);
         count = block_total(count, parts);
-        if (shared.parent) {
+        if (paths) {
             text = block_total(text, parts);
             if (threadIdx.x == 0) workspace.segments[group] = {x, count, text};
             continue;
@@ -505,6 +509,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(PolicyLoss loss, Wor
     const PolicyGroups& tree = loss.groups;
     const float scale = static_cast<float>(-1.0 / value_of(loss.rule.normalizer));
     for (int64_t segment = blockIdx.x; segment < tree.groups; segment += gridDim.x) {
+        if (threadIdx.x == 0) segment_above(tree, segment, workspace.misplaced);  // it may be on no path
         double gradient = 0.0;
         for (int64_t l = threadIdx.x; l < tree.leaves; l += kThreads) {
             int64_t s = tree.leaf_segment[l];
@@ -551,18 +556,22 @@ void policy_loss_cuda(const PolicyLoss& loss, const PolicyLossOutputs& out, void
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     const auto launched = [] { cuda::check(cudaGetLastError(), "policy_loss"); };
     const cuda::DeviceGuard guard(device);
-    if (shared.group && shared.groups > 0) {
+    if (shared.level != PolicyLevel::token) {
         const unsigned blocks = shared.groups < kMaxGroupBlocks ? shared.groups : kMaxGroupBlocks;
         const unsigned run_blocks = blocks_of(loss.count, kMaxGroupBlocks);
         cuda::check(cudaMemsetAsync(workspace.bounds, 0, (2 * shared.groups + 1) * 8, on), "policy_loss");
         bounds_kernel<<<run_blocks, kThreads, 0, on>>>(loss, workspace);
         launched();
-        groups_kernel<<<blocks, group_threads(loss.count, shared.groups), 0, on>>>(loss, rule, workspace);
-        launched();
-        if (shared.parent) {
+        if (blocks > 0) {
+            groups_kernel<<<blocks, group_threads(loss.count, shared.groups), 0, on>>>(loss, rule, workspace);
+            launched();
+        }
+        if (shared.level == PolicyLevel::path) {
             const unsigned leaf_blocks = workspace.columns - workspace.token_blocks;
             leaves_kernel<<<leaf_blocks, kThreads, 0, on>>>(loss, rule, workspace);
             launched();
+        }
+        if (shared.level == PolicyLevel::path && blocks > 0) {
             segments_kernel<<<blocks, kThreads, 0, on>>>(loss, workspace);
             launched();
         }

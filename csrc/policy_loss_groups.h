@@ -114,7 +114,7 @@ class GroupRatios {
     GroupRatios(const PolicyLoss& loss, const Rule& rule, const PartBegin& part_begin, int threads, bool gradient,
                 Totals& total)
         : runs_(loss.count) {
-        const bool paths = loss.groups.parent != nullptr;
+        const bool paths = loss.groups.level == Level::path;
         const bool sides = gradient && !paths, text = paths && rule.clip == PolicyClip::cispo;
         int64_t lengths[kParts] = {};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -135,7 +135,10 @@ class GroupRatios {
         };
         each_run([&](const Run& run) {
             const bool fits = run.group >= 0 && run.group < loss.groups.groups;
-            if (!fits && misplaced < 0) misplaced = run.begin;
+            if (!fits && misplaced < 0) {
+                misplaced = run.begin;
+                while (loss.tokens.weight[misplaced] == 0.0f) ++misplaced;
+            }
             if (fits && run.group >= used) used = run.group + 1;
         });
         if (misplaced >= 0) return;

@@ -83,8 +83,7 @@ struct GroupRatio {
     float r, above, above_slope, below, below_slope, gradient;
 };
 
-// Where the ratio of a token comes from: its own, its group's, or that of the paths it is on, which only leaves know.
-enum class Level { token, group, path };
+using Level = PolicyLevel;
 
 struct BlockSums {
     F32x16 objective, weight, high, low, dual, ratio, k1, k2, k3, ref1, ref2, ref3, entropy, ratio_max, log_ratio_max;
@@ -176,7 +175,7 @@ inline void add_tokens(const PolicyTokens& in, std::int64_t t, const Rule& rule,
         gradient = slope * F32x16::set(rule.scale);
         if (level == Level::token && clip != PolicyClip::cispo) gradient = choose(not_equal(g, x), zero, gradient);
     }
-    if (level != Level::token && out.shared) gradient = keep(trained, F32x16::set(group.gradient));
+    if (level != Level::token && out.shared) gradient = F32x16::set(group.gradient);
     sums.weight = sums.weight + w;
     sums.k1 = sums.k1 - w * x;
     sums.k2 = fma(w * x, x, sums.k2);
@@ -189,6 +188,7 @@ inline void add_tokens(const PolicyTokens& in, std::int64_t t, const Rule& rule,
         gradient = fma(add_reference(d, w, rule.kl, sums), F32x16::set(rule.kl_scale), gradient);
     }
     if (in.entropy) sums.entropy = fma(w, keep(trained, load(in.entropy + t)), sums.entropy);
-    if (out.logprob) store(out.logprob + t, gradient);
-    if (out.entropy) store(out.entropy + t, w * F32x16::set(rule.entropy_scale));
+    // A weight of 0 times a scale or a group's ratio that is not finite would be NaN.
+    if (out.logprob) store(out.logprob + t, keep(trained, gradient));
+    if (out.entropy) store(out.entropy + t, keep(trained, w * F32x16::set(rule.entropy_scale)));
 }

@@ -17,7 +17,9 @@ import test_linear_logprob_entropy
 import test_logits_stats
 import test_logprob_entropy
 import test_policy_loss
+import test_policy_loss_edges
 import test_policy_loss_forms
+import test_policy_loss_gradients
 import test_shards
 import torch
 
@@ -106,12 +108,33 @@ TestGroupAdvantages = gpu_tests_of(test_group_advantages)
 TestExpandAdvantages = gpu_tests_of(test_expand_advantages)
 TestPolicyLoss = gpu_tests_of(test_policy_loss)
 TestPolicyLossForms = gpu_tests_of(test_policy_loss_forms)
+TestPolicyLossEdges = gpu_tests_of(test_policy_loss_edges)
+TestPolicyLossGradients = gpu_tests_of(test_policy_loss_gradients)
 
 
 class TestLinearLogprobEntropy(gpu_tests_of(test_linear_logprob_entropy, leave_out={"test_opcheck"})):
     @pytest.fixture
     def small_tiles(self, monkeypatch):
         test_linear_logprob_entropy.make_small_tiles(monkeypatch)
+
+
+class TestCompiled(Emulated):
+    """The compiler traces the choice of a backend too, and what it asks the native module."""
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x: ops.policy_loss(x, x, x, x, normalizer=1.0, backend="cuda")[0],
+            lambda x: ops.group_advantages(x, torch.zeros(4, dtype=torch.int64), estimator="grpo", backend="cuda").leaf,
+            lambda x: ops.expand_advantages(x, torch.ones(4, 3, dtype=torch.bool), backend="cuda"),
+            lambda x: ops.logprob_entropy(x[None], backend="cuda")[1],
+            lambda x: ops.logits_stats(x[None], backend="cuda").entropy,
+        ],
+    )
+    def test_in_one_graph(self, call):
+        torch._dynamo.reset()
+        x = torch.ones(4)
+        torch.testing.assert_close(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
 
 
 class TestCounterOfInvalidLabels(Emulated):

@@ -111,7 +111,7 @@ def checked_call(
     if importance is not None and parent is not None:
         raise ValueError("policy_loss: got importance with parent; expected it inside leaf_weight")
     numbers = (("normalizer", normalizer), ("kl_coef", kl_coef), ("entropy_coef", entropy_coef))
-    tensors = [_number_tensor(name, number) for name, number in numbers]
+    tensors = [_number_tensor(logprob, name, number) for name, number in numbers]
     if tensors[0] is None and not normalizer > 0:
         raise ValueError(f"policy_loss: got normalizer {normalizer}; expected a number above 0")
     return PolicyLossCall(
@@ -239,9 +239,13 @@ def _check_groups(
         raise ValueError(f"policy_loss: got groups {groups}; expected at least 1, or None")
 
 
-def _number_tensor(name: str, number: float | Tensor) -> Tensor | None:
+def _number_tensor(logprob: Tensor, name: str, number: float | Tensor) -> Tensor | None:
     if not isinstance(number, Tensor):
         return None
     if number.ndim != 0:
         raise ValueError(f"policy_loss: got {name} of shape {list(number.shape)}; expected a 0-d tensor")
+    if number.device.type != "cpu" and number.device != logprob.device:
+        raise ValueError(
+            f"policy_loss: got {name} on {number.device}; expected it on the CPU or on {logprob.device}, as logprob"
+        )
     return number.detach() if number.requires_grad else number

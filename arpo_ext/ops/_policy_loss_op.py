@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import policy_loss_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cuda, refuse_triton
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, refuse_cuda, refuse_forward_mode, refuse_triton
 from arpo_ext.ops._policy_loss import SCHEMA, TENSORS, PolicyLossCall
 
 # Codes as in csrc/policy_loss.h.
@@ -36,7 +37,7 @@ def native_call(call: PolicyLossCall) -> tuple[object, list[Tensor | None]]:
     numbers = [call.normalizer, call.kl_coef, call.entropy_coef]
     for i, tensor in enumerate(kept[-3:]):
         # A number in the host's memory is read here; one on the device is read by the kernel.
-        if tensor is not None and _native.device_kind(tensor) == "cpu":
+        if tensor is not None and tensor.device.type == "cpu":
             numbers[i], kept[i - 3] = tensor.item(), None
         elif tensor is not None:
             kept[i - 3] = tensor.to(torch.float64)
@@ -46,6 +47,7 @@ def native_call(call: PolicyLossCall) -> tuple[object, list[Tensor | None]]:
         [*numbers, call.clip_low, call.clip_high, dual_clip, call.tau_positive, call.tau_negative],
         call.logprob.shape[0],
         call.advantage.ndim == 2,
+        0 if call.ratio == "token" else 1 if call.parent is None else 2,
         call.group is not None and call.group.dtype is torch.int64,
         call.groups,
         call.ratio_gradient == "mean",
@@ -98,24 +100,34 @@ def _backward(ctx, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | No
         raise RuntimeError("policy_loss cannot be differentiated twice; its reference backend can")
     if grad_loss is None:
         return None, None
-    for gradient, version in ctx.gradients:
-        if gradient is not None and gradient._version != version:
-            raise RuntimeError(
-                "the gradient that an earlier backward pass of this policy_loss returned was modified in place; "
-                "expected it unchanged, or a clone of it, while the graph is retained"
-            )
-    # A loss that is back-propagated itself has grad_loss 1: handing the gradient on saves reading and writing it again.
-    # Traced tensors are subclasses and take the product.
-    once = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
-    first, second = (g if g is None or once else g * grad_loss for g, _ in ctx.gradients)
+    handed_on = _is_last_pass() and _is_one(grad_loss)
+    first, second = (g if g is None or handed_on else g * grad_loss for g in ctx.saved_tensors)
     return first, second
 
 
-def _keep_gradients(ctx, *gradients: Tensor | None) -> None:
-    # Not save_for_backward: its copies share memory uncounted, so autograd would take the buffer for a leaf's .grad
-    # and add to it in place.
+# Whether the running backward pass keeps the graph for another one.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _is_last_pass() -> bool:
+    """Whether the saved gradient may be given away: a leaf may take it for its .grad and add to it in place."""
+    return not _keeps_graph()
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether the loss itself is back-propagated: then the product would only read and write the gradient again."""
+    # Traced tensors are subclasses, and those under vmap hold several numbers.
+    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu":
+        return False
+    if functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss):
+        return False
+    return grad_loss.item() == 1.0
+
+
+def _save(ctx, sums: Tensor, *gradients: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
-    ctx.gradients = [(g, None if g is None else g._version) for g in gradients]
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(*gradients)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -124,8 +136,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprob: Tensor, entropy: Tensor | None, call: PolicyLossCall, backend: str):
         loss, sums, *gradients = LAUNCH[backend](call, *ctx.needs_input_grad[:2])
-        _keep_gradients(ctx, *gradients)
-        ctx.mark_non_differentiable(sums)
+        _save(ctx, sums, *gradients)
         return loss, sums
 
     @staticmethod
@@ -137,7 +148,7 @@ def _plain(call: PolicyLossCall) -> bool:
     """Whether nobody watches or replaces torch's operations: no tracing, no mode, no subclass, no transform."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
+    if functorch.maybe_current_level() is not None:
         return False
     return {type(tensor) for tensor in call[:TENSORS]} <= _PLAIN_TYPES
 
@@ -147,6 +158,7 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 
 def _run_op(backend: str, call: PolicyLossCall) -> tuple[Tensor, Tensor]:
     entropy = call.entropy
+    refuse_forward_mode("policy_loss", call.logprob, entropy)
     wanted = (False, False)
     if torch.is_grad_enabled():
         wanted = (call.logprob.requires_grad, entropy is not None and entropy.requires_grad)
@@ -184,8 +196,7 @@ def _policy_loss_impl(*arguments):
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    # Detached, since an output that holds itself is never freed.
-    _keep_gradients(ctx, *(g.detach() if wanted else None for g, wanted in zip(output[2:], inputs[-3:-1], strict=True)))
+    _save(ctx, output[1], *(g if wanted else None for g, wanted in zip(output[2:], inputs[-3:-1], strict=True)))
 
 
 def _op_backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):

@@ -43,10 +43,11 @@ def policy_loss(
 
     weight, logprob = kept(weight), kept(logprob)
     x = logprob - kept(old_logprob)
-    index, misplaced = None, None
+    index, outside = None, None
     if group is not None:
         misplaced = trained & ((group < 0) | (group >= groups))
         index = torch.where(trained & ~misplaced, group, 0).to(torch.int64)
+        outside = misplaced.any()
     rule = {"clip": clip, "clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     rule |= {"tau_positive": tau_positive, "tau_negative": tau_negative}
     if parent is None:
@@ -65,6 +66,8 @@ def policy_loss(
                 level = level.detach() + x - x.detach()
         objective, clip_sums = _objective(level, logprob, positive, negative, weight, trained, **rule)
     else:
+        outside = outside | ((parent < -1) | (parent >= torch.arange(groups, device=parent.device))).any()
+        outside = outside | ((leaf_segment < 0) | (leaf_segment >= groups)).any()
         path = _paths(parent, leaf_segment)
         columns = (*_group_sums(x, trained, index, groups), _group_sums(logprob, trained, index, groups)[0])
         total, count, text = (torch.where(path, column, 0.0).sum(dim=1) for column in columns)
@@ -87,8 +90,8 @@ def policy_loss(
             loss = loss + kl_coef * ref_sums[("k1", "k2", "k3").index(kl)]
     entropy_sum = wide.new_zeros(()) if entropy is None else (wide * kept(entropy)).sum()
     loss = (loss - entropy_coef * entropy_sum) / normalizer
-    if misplaced is not None:
-        loss = torch.where(misplaced.any(), torch.nan, loss)
+    if outside is not None:
+        loss = torch.where(outside, torch.nan, loss)
 
     with torch.no_grad():
         y = x.to(torch.float64)
@@ -145,10 +148,10 @@ def _objective(
 
 
 def _group_sums(value: Tensor, trained: Tensor, index: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sum of value over the trained tokens of each group and their number, float64."""
-    zeros = value.new_zeros(groups, dtype=torch.float64)
+    """Sum of value over the trained tokens of each group and their number, float64. The others have index 0."""
+    zeros = value.new_zeros(max(groups, 1), dtype=torch.float64)
     wide = torch.where(trained, value, 0.0).to(torch.float64)
-    return zeros.index_add(0, index, wide), zeros.index_add(0, index, trained.to(torch.float64))
+    return zeros.index_add(0, index, wide)[:groups], zeros.index_add(0, index, trained.to(torch.float64))[:groups]
 
 
 def _paths(parent: Tensor, leaf_segment: Tensor) -> Tensor:
