@@ -163,7 +163,7 @@ def test_every_native_source_belongs_to_an_op_or_the_skeleton():
     }
     skeleton |= {"vec.h", "vec_avx512.h", "vec_avx2.h", "vec_portable.h"}
     skeleton |= {"logit_rows.h", "row_sums.h", "row_sums.cuh", "row_kernels.cuh"}
-    skeleton |= {"policy_loss_tokens.h", "policy_loss_groups.h"}
+    skeleton |= {f"policy_loss_{part}.{suffix}" for part in ("tokens", "groups") for suffix in ("h", "cuh")}
     skeleton |= {"segment_advantages.h", "segment_advantages_cpu.cpp", "segment_advantages_cuda.cu"}
     skeleton |= {"cuda_utils.cuh", "device_cuda.h", "device_cuda.cu"}
     known = {f"{op}{suffix}" for op in ops() for suffix in (".h", "_cpu.cpp", "_cuda.cu")}
