@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import VOCAB, forked_tree, tiny_model
+from tiny import VOCAB, forked_tree, tiny_model, tree
 
 from arpo_ext.config import TrainConfig
 from arpo_ext.errors import ModelError
@@ -254,6 +254,14 @@ def test_nothing_to_learn_is_no_step_but_is_still_measured(model):
     assert metrics["train/logprob_gap_max"] < 1e-5
     _, metrics = gradient_by_step(model, [], TrainConfig())
     assert math.isnan(metrics["train/entropy"])
+
+
+def test_rows_in_which_nothing_was_sampled_are_not_measured(model):
+    silent = tree([(-1, (5, 6), False)], [(0, 1.0)])
+    _, metrics = gradient_by_step(model, [silent], TrainConfig())
+    assert math.isnan(metrics["train/entropy"])
+    _, metrics = gradient_by_step(model, [silent, *sampled_trees(model, rewards=[(1.0, 1.0, 1.0)])], TrainConfig())
+    assert metrics["train/entropy"] > 0
 
 
 def test_gradient_is_clipped_to_the_norm(model):

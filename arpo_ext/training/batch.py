@@ -103,8 +103,9 @@ def plan_updates(trees: Sequence[CreditedTree], config: TrainConfig, *, seed: in
         rows = [row for index in indices for row in tree_rows(trees[index], config)]
         effective = [bool((row.advantage * row.weight).any()) for row in rows]
         kept = [row for row, counts in zip(rows, effective, strict=True) if counts]
-        idle = [row for row, counts in zip(rows, effective, strict=True) if not counts][: config.micro_batch_rows]
-        spare = policy_batch(idle, config, pad_token) if idle else weightless_batch(pad_token)
+        idle = [row for row, counts in zip(rows, effective, strict=True) if row.trained.any() and not counts]
+        measured = idle[: config.micro_batch_rows]
+        spare = policy_batch(measured, config, pad_token) if measured else weightless_batch(pad_token)
         normalizer = sum(float(row.weight.sum(dtype=torch.float64)) for row in rows)
         updates.append(Update(micro_batches(kept, config, pad_token), normalizer, spare))
     return updates
