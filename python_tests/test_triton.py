@@ -29,7 +29,7 @@ LEFT_OUT = [
 ]
 INTERPRETED = " and ".join(["triton", *(f"not ({what})" for what in LEFT_OUT)])
 FILES = ["test_triton_kernels.py", "test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py"]
-FILES += ["test_policy_loss.py", "test_policy_loss_forms.py"]
+FILES += [f"test_policy_loss{part}.py" for part in ("", "_edges", "_forms", "_gradients")]
 
 
 @pytest.mark.slow

@@ -79,11 +79,13 @@ def refuse_cuda(tensor: torch.Tensor) -> str | None:
     return reason
 
 
+@_native.constant_in_graphs
 def triton_interprets() -> bool:
     """Whether Triton kernels run in its interpreter, which takes CPU tensors; Triton decides so when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
 
 
+@_native.constant_in_graphs
 def triton_missing() -> str | None:
     """Why Triton kernels cannot run on this machine; None if they can. Does not import triton."""
     if importlib.util.find_spec("triton") is None:

@@ -6,9 +6,13 @@ OpenMP runtime, and the first one loaded serves the whole process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 C: ModuleType | None
 C_MISSING: str | None
@@ -37,16 +41,21 @@ def cpu_missing(isa: str = "best") -> str | None:
     return None
 
 
+def constant_in_graphs(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Marks what the compiler cannot look into: it takes the answer for a constant.
+
+    This is all that torch.compiler.assume_constant_result does, but that imports the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_in_graphs
 def cuda_missing() -> str | None:
     """Why the CUDA kernels cannot run on this machine; None if they can."""
     if C is None:
         return C_MISSING
     return C.cuda_unusable()
-
-
-# The compiler cannot look into native code, and takes the answer for a constant. This is all that
-# torch.compiler.assume_constant_result does, but that imports the compiler, which takes a second.
-cuda_missing._dynamo_marked_constant = True
 
 
 def device_kind(tensor: torch.Tensor) -> str:

@@ -295,6 +295,7 @@ def leaves_kernel(
 def segments_kernel(
     leaf_segment,
     parent,
+    misplaced,
     leaf_slope,
     ratios,
     normalizer_tensor,
@@ -305,6 +306,7 @@ def segments_kernel(
 ):
     """One program per segment: the gradient of its tokens, from the leaves below it, found by walking up from each."""
     segment = tl.program_id(0).to(tl.int64)
+    _segment_above(segment, parent, misplaced, segment >= 0)  # it may be on no path
     slope = tl.zeros([BLOCK], tl.float64)
     for first in range(0, leaves, BLOCK):
         leaf = first + tl.arange(0, BLOCK)

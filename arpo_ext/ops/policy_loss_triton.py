@@ -116,7 +116,6 @@ def tokens_kernel(
         gradient = (positive * above_slope + negative * below_slope) * (-1.0 / scale).to(tl.float32)
         if (group is not None) and MEAN_GRADIENT and (CLIP != CISPO):
             gradient = tl.load(of_group + 5 * groups, mask=placed, other=float("nan"))
-        gradient = tl.where(trained, gradient, 0.0)
         over, under, far = clip_counts(r, w, positive, negative, low, high, dual, CLIP)
         tl.store(part + 3 * columns, tl.sum(tl.where(trained, over, 0.0), 0).to(tl.float64))
         tl.store(part + 4 * columns, tl.sum(tl.where(trained, under, 0.0), 0).to(tl.float64))
@@ -150,11 +149,12 @@ def tokens_kernel(
     if entropy is not None:
         value = tl.where(trained, tl.load(entropy + t, mask=within, other=0.0), 0.0)
         tl.store(part + 15 * columns, tl.sum(w * value, 0).to(tl.float64))
+    # A weight of 0 times a scale or a group's ratio that is not finite would be NaN.
     if gradient_out is not None:
-        tl.store(gradient_out + t, gradient, mask=within)
+        tl.store(gradient_out + t, tl.where(trained, gradient, 0.0), mask=within)
     if entropy_gradient_out is not None:
         entropy_scale = (-number_of(entropy_coef_tensor, entropy_coef) / scale).to(tl.float32)
-        tl.store(entropy_gradient_out + t, entropy_scale * w, mask=within)
+        tl.store(entropy_gradient_out + t, tl.where(trained, entropy_scale * w, 0.0), mask=within)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
