@@ -115,8 +115,8 @@ def policy_loss(
         reference.
     old_logprob: [N], of the policy that sampled. advantage: [N] or [N, 2]. weight: [N], at least 0. All floating inputs
         are of logprob's dtype and device.
-    normalizer, kl_coef, entropy_coef: a number, or a 0-d tensor, which is not read on the host and does not make
-        `torch.compile` compile again, as a new number does. normalizer is above 0.
+    normalizer, kl_coef, entropy_coef: a number, or a 0-d tensor on the CPU or on logprob's device, for which nothing
+        waits and `torch.compile` does not compile again, as it does for a new number. normalizer is above 0.
     clip_low in [0, 1], clip_high at least 0; dual_clip above 1, required by "dual", optional for "gppo", else None;
         tau_positive, tau_negative above 0, read by "sapo" only.
 
