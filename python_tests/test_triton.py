@@ -21,6 +21,8 @@ LEFT_OUT = [
     "262144",
     "large_tiles",
     "strided and float16",
+    "hostile_rows and linear and float16",
+    "tells_the_same",
     "spoils and (31- or 32- or 8192-)",
     "make_up and (True-None or False-2.0 or None-True)",
     "trained_token_shows and (turn or gppo or cispo or sapo)",
@@ -30,6 +32,7 @@ LEFT_OUT = [
 INTERPRETED = " and ".join(["triton", *(f"not ({what})" for what in LEFT_OUT)])
 FILES = ["test_triton_kernels.py", "test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py"]
 FILES += [f"test_policy_loss{part}.py" for part in ("", "_edges", "_forms", "_gradients")]
+FILES.append("test_exactness.py")
 
 
 @pytest.mark.slow
