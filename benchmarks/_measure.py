@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from arpo_ext import ops
+
 _SAMPLE_S = 2e-3  # shorter calls are repeated until a sample takes this long
 _PROBE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _SMOKE_BYTES = 16 << 20
@@ -94,6 +96,7 @@ class Meter:
         try:
             # Freed memory that the allocator kept would serve the call unseen.
             getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+            ops.empty_cache()
             with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
                 file.write("5")  # the high-water mark restarts at the present size
             before = _status_kb("VmRSS")

@@ -16,6 +16,7 @@
 #include "group_advantages.h"
 #include "huge_pages.h"
 #include "isa.h"
+#include "kept_memory.h"
 #include "logits_stats.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
@@ -91,6 +92,13 @@ void bind_machine(py::module_& m) {
     m.def("instruction_sets", &instruction_sets);
     m.def("cuda_unusable", &cuda_unusable);
     m.def("prefer_huge_pages", [](Address start, std::int64_t bytes) { prefer_huge_pages(at<void>(start), bytes); });
+    py::class_<KeptMemory>(m, "KeptMemory", py::buffer_protocol())
+        .def(py::init<std::int64_t>())
+        .def_buffer([](const KeptMemory& memory) {
+            const py::ssize_t bytes = memory.bytes();
+            return py::buffer_info(static_cast<std::uint8_t*>(memory.start()), bytes);
+        });
+    m.def("release_kept_memory", &release_kept_memory);
     py::dict dtypes;
     dtypes["float32"] = static_cast<int>(Dtype::float32);
     dtypes["bfloat16"] = static_cast<int>(Dtype::bfloat16);

@@ -156,6 +156,8 @@ def test_every_native_source_belongs_to_an_op_or_the_skeleton():
         "check.h",
         "huge_pages.h",
         "huge_pages.cpp",
+        "kept_memory.h",
+        "kept_memory.cpp",
         "dtype.h",
         "isa.h",
         "isa.cpp",

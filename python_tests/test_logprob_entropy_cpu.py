@@ -3,6 +3,7 @@
 import math
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,87 @@ def test_huge_pages_are_asked_for_inside_the_range_only():
     _native.C.prefer_huge_pages(start + 16 * mib, 3 * mib)  # too little to be worth the call
     _native.C.prefer_huge_pages(0, 0)
     _native.C.prefer_huge_pages(1 << 61, 1 << 30)  # no such memory: refused by the system, ignored by us
+
+
+def is_mapped(address):
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        ranges = [[int(part, 16) for part in line.split()[0].split("-")] for line in maps]
+    return any(begin <= address < end for begin, end in ranges)
+
+
+MIB = 2**20
+# 40 MiB: more than malloc keeps.
+LARGE = (8, 40 * MIB // 4 // 8)
+
+
+def large_gradient(shape=LARGE, dtype=torch.float32, inputs=False):
+    logits = random_logits(*shape, dtype=dtype).requires_grad_()
+    labels = torch.arange(shape[0])
+    ops.logprob(logits, labels).sum().backward()
+    return (logits, labels, logits.grad) if inputs else logits.grad
+
+
+@pytest.fixture
+def no_kept_memory():
+    ops.empty_cache()
+    yield
+    ops.empty_cache()
+
+
+@pytest.mark.usefixtures("no_kept_memory")
+def test_a_large_gradient_takes_the_memory_of_the_last_one():
+    first = large_gradient()
+    address = first.data_ptr()
+    del first
+    logits, labels, second = large_gradient((LARGE[0] - 1, LARGE[1]), inputs=True)
+    assert second.data_ptr() == address
+    reference = logits.detach().double().requires_grad_()
+    ops.logprob(reference, labels, backend="reference").sum().backward()
+    torch.testing.assert_close(second.double(), reference.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_kept_memory")
+def test_memory_of_a_gradient_in_use_is_nobody_elses():
+    first = large_gradient()
+    view, values = first[-1], first[-1].clone()
+    del first
+    second = large_gradient((LARGE[0], LARGE[1] - 1))
+    assert view.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert torch.equal(view, values)
+
+
+@pytest.mark.usefixtures("no_kept_memory")
+def test_no_gradient_takes_memory_of_more_than_twice_its_size():
+    first = large_gradient((2 * LARGE[0] + 1, LARGE[1]))
+    address = first.data_ptr()
+    del first
+    assert large_gradient().data_ptr() != address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("no_kept_memory")
+def test_memory_of_two_gradients_is_kept_until_the_cache_is_emptied():
+    gradients = [large_gradient(dtype=dtype, shape=(8, 20 * MIB // 8)) for dtype in (torch.float32,) * 3]
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    assert len(set(addresses)) == 3
+    while gradients:
+        gradients.pop(0)
+    # Of three given back one after the other the first has left.
+    assert [is_mapped(address) for address in addresses[1:]] == [True, True]
+    assert large_gradient(shape=(8, 20 * MIB // 8)).data_ptr() in addresses[1:]
+    ops.empty_cache()
+    assert not any(is_mapped(address) for address in addresses)
+
+
+@pytest.mark.usefixtures("no_kept_memory")
+def test_kept_memory_serves_several_threads():
+    def work(seed):
+        logits = random_logits(*LARGE, seed=seed)
+        labels = torch.full((LARGE[0],), seed)
+        results = [gradient_of(logits, labels) for _ in range(3)]
+        return all(torch.equal(result, results[0]) for result in results), logits, results[0]
+
+    with ThreadPoolExecutor(3) as pool:
+        for seed, (equal, logits, gradient) in enumerate(pool.map(work, range(3))):
+            assert equal
+            assert torch.equal(gradient, gradient_of(logits, torch.full((LARGE[0],), seed)))

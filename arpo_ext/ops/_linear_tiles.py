@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops import _native
-from arpo_ext.ops._logits import LogitsCall, empty_gradient
+from arpo_ext.ops._gradient_memory import empty_gradient
+from arpo_ext.ops._logits import LogitsCall
 from arpo_ext.ops._shards import new_running, shard_backward, shard_forward
 
 # On the CPU a tile of 256 x 1536 float32 stays in the second-level caches; measured on two AVX-512 cores, D = 1024, the

@@ -89,14 +89,6 @@ def result_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    """Contiguous memory for the logits' gradient, which its first writer gets in huge pages where there are any."""
-    gradient = logits.new_empty(logits.shape)
-    if gradient.device.type == "cpu" and _native.C is not None:
-        _native.C.prefer_huge_pages(gradient.data_ptr(), gradient.nbytes)
-    return gradient
-
-
 def row_layout(tensor: Tensor) -> tuple[int, int, int] | None:
     """(inner, outer stride, inner stride) such that row r starts at r // inner * outer + r % inner * inner_stride.
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops._dispatch import choose, refuse_forward_mode
-from arpo_ext.ops._logits import LogitsCall, checked_call, empty_gradient, result_dtype
+from arpo_ext.ops._gradient_memory import empty_gradient
+from arpo_ext.ops._logits import LogitsCall, checked_call, result_dtype
 from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
 from arpo_ext.ops._logprob_entropy_parallel import over_ranks
 from arpo_ext.ops._vocab_parallel import shard_of
