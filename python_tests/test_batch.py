@@ -8,7 +8,7 @@ from tiny import forked_tree, tree
 
 from arpo_ext.config import TrainConfig
 from arpo_ext.training.advantages import credit_trees
-from arpo_ext.training.batch import Row, plan_updates, token_batch, tree_rows, weightless_batch
+from arpo_ext.training.batch import Row, plan_updates, policy_batch, token_batch, tree_rows, weightless_batch
 from arpo_ext.types import RolloutTree
 
 # Rewards 1, 0, 0: mean 1/3, unbiased standard deviation 1/sqrt(3).
@@ -76,6 +76,30 @@ def test_unscored_trees_are_refused():
         credit_trees([forked_tree((1.0, None, 0.0))], estimator="grpo")
 
 
+def test_a_turn_is_what_the_model_wrote_between_two_results():
+    # Segments 1 and 2 are one turn that a fork cut in two; 4 is the turn after the tool result 3.
+    cut = tree(
+        [
+            (-1, (5,), False),
+            (0, (6, 7), True),
+            (1, (8,), True),
+            (2, (9, 10), False),
+            (3, (11,), True),
+            (1, (12,), True),
+        ],
+        [(4, 1.0), (5, 0.0)],
+    )
+    long, short = rows_of(cut)
+    assert long.turn[long.trained].tolist() == [0, 0, 0, 1]
+    assert short.turn[short.trained].tolist() == [0, 0, 0]
+    for rows, expected in (([long], [0] * 3 + [1]), ([long, short, long], [0] * 3 + [1] + [2] * 3 + [3] * 3 + [4])):
+        batch = policy_batch(rows, TrainConfig(), 0)
+        mask = batch.text.mask.flatten()
+        assert int(batch.columns.turn.max()) < batch.columns.turn.numel()
+        assert batch.columns.turn[mask].unique(return_inverse=True)[1].tolist() == expected
+    assert batch.columns.row[mask].tolist() == [0] * 4 + [1] * 3 + [2] * 4
+
+
 def test_weights_of_both_loss_scales():
     token = rows_of(forked_tree(), loss_scale="token_mean")
     assert [row.weight.sum().item() for row in token] == [3, 5, 5]
@@ -128,5 +152,6 @@ def test_the_weightless_batch_trains_nothing():
     batch = weightless_batch(pad_token=3)
     assert batch.text.tokens.tolist() == [[3, 3]]
     assert not batch.text.mask.any()
-    assert not batch.weight.any()
-    assert batch.text.labels.shape == batch.weight.shape == batch.advantage.shape == (1, 1)
+    assert not batch.columns.weight.any()
+    assert batch.text.labels.shape == (1, 1)
+    assert batch.columns.weight.shape == batch.columns.advantage.shape == (1,)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from arpo_ext.config import TrainConfig
 from arpo_ext.training.advantages import CreditedTree
-from arpo_ext.types import Segment
+from arpo_ext.training.objective import TokenColumns
+from arpo_ext.types import RolloutTree, Segment
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class PolicyRow(Row):
     """The path of one leaf. All [T] float32; what stands at untrained tokens is never read, except weight, 0 there.
 
     sampler_logprob: as recorded while sampling, NaN where none was. advantage: per token. weight: the token's share in
-    the loss before normalisation.
+    the loss before normalisation. turn: int64 [T], which turn of the model within the row; read at trained tokens only.
     """
 
     sampler_logprob: Tensor
     advantage: Tensor
     weight: Tensor
+    turn: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,13 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """A micro-batch of policy rows: sampler_logprob, advantage and weight are float32 [B, P] like `text.labels`.
-
-    old_logprob: float32 [B, P] that the ratio is taken against; None: the trainer's own at the time of the update.
-    """
+    """A micro-batch of policy rows: `columns` are those of `text.labels`, flattened row by row, N = B * P."""
 
     text: TokenBatch
-    sampler_logprob: Tensor
-    advantage: Tensor
-    weight: Tensor
-    old_logprob: Tensor | None = None
+    columns: TokenColumns
 
     def to(self, device: torch.device) -> PolicyBatch:
-        columns = (self.sampler_logprob, self.advantage, self.weight, self.old_logprob)
-        moved = (None if column is None else column.to(device, non_blocking=True) for column in columns)
-        return PolicyBatch(self.text.to(device), *moved)
+        return PolicyBatch(self.text.to(device), self.columns.to(device))
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,16 @@ def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
         weight = trained.float()
         if config.loss_scale == "sequence_mean":
             weight /= weight.sum().clamp(min=1)
-        rows.append(PolicyRow(tokens, trained, sampler_logprob, advantage, weight))
+        rows.append(PolicyRow(tokens, trained, sampler_logprob, advantage, weight, _turns(tree, path)))
     return rows
+
+
+def _turns(tree: RolloutTree, path: Sequence[int]) -> Tensor:
+    """Number of the turn of every token of a path: sampled segments with nothing between them are one turn."""
+    sampled = [tree.segments[i].sampled for i in path]
+    begins = torch.tensor([now and not before for before, now in zip([False, *sampled], sampled, strict=False)])
+    lengths = torch.tensor([len(tree.segments[i].tokens) for i in path])
+    return (begins.cumsum(0) - 1).clamp(min=0).repeat_interleave(lengths)
 
 
 def _segment_columns(segment: Segment, prompt_id: str, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,12 +161,15 @@ def micro_batches(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int
 
 def policy_batch(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int) -> PolicyBatch:
     text = token_batch(rows, pad_token)
-    sampler_logprob, advantage, weight = (
-        _padded([getattr(row, name) for row in rows], 0.0)[:, text.keep + 1]
-        for name in ("sampler_logprob", "advantage", "weight")
+    sampler_logprob, advantage, weight, turn = (
+        _padded([getattr(row, name) for row in rows], 0)[:, text.keep + 1]
+        for name in ("sampler_logprob", "advantage", "weight", "turn")
     )
-    old_logprob = sampler_logprob if config.old_logprob == "sampler" else None
-    return PolicyBatch(text, sampler_logprob, advantage, weight, old_logprob)
+    row = torch.arange(len(rows))[:, None].expand_as(turn)
+    # Numbered anew over the batch; the tokens that are not trained share a number, so there are never more than tokens.
+    _, turn = torch.where(text.mask, row * (turn.max() + 1) + turn, -1).unique(return_inverse=True)
+    flat = [column.flatten() for column in (sampler_logprob, advantage, weight, row, turn)]
+    return PolicyBatch(text, TokenColumns(*flat, flat[0] if config.old_logprob == "sampler" else None))
 
 
 def token_batch(rows: Sequence[Row], pad_token: int) -> TokenBatch:
@@ -176,9 +181,9 @@ def token_batch(rows: Sequence[Row], pad_token: int) -> TokenBatch:
 
 def weightless_batch(pad_token: int) -> PolicyBatch:
     """Two tokens, one position, nothing trained: what a rank runs while another still has micro-batches."""
-    tokens, zero = torch.full((1, 2), pad_token), torch.zeros(1, 1)
-    text = TokenBatch(tokens, torch.tensor([0]), tokens[:, 1:], torch.zeros(1, 1, dtype=torch.bool))
-    return PolicyBatch(text, zero, zero, zero)
+    tokens, zero, first = torch.full((1, 2), pad_token), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    text = TokenBatch(tokens, first, tokens[:, 1:], torch.zeros(1, 1, dtype=torch.bool))
+    return PolicyBatch(text, TokenColumns(zero, zero, zero, first, first))
 
 
 def _padded(columns: Sequence[Tensor], fill: float) -> Tensor:

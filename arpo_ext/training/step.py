@@ -1,17 +1,4 @@
-"""The policy update: forward, fused statistics, loss, backward, clip, AdamW.
-
-Which old log-probability the ratio is taken against (`train.old_logprob`):
-
-sampler: ratio = p_trainer / p_sampler, both at the sampling temperature. It corrects for the old policy and for the
-numerical gap between sampler and trainer at once and costs no extra forward. As in truncated importance sampling the
-ratio is cut at `importance_cap` C with its gradient kept: a token contributes min(ratio, C) * A * grad log p, never
-more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not. A
-`dual_clip` below the cap acts first, and drops the gradient of such tokens.
-
-trainer: the ratio is taken against the trainer's own log-probability before the first update of the step, as in the
-published code; the sampler's gap is measured and not corrected. With one update per step the ratio is 1 and its
-gradient that of log p, so no forward is spent on it.
-"""
+"""The policy update: forward, fused statistics, loss (`objective`), backward, clip, AdamW."""
 
 from __future__ import annotations
 
@@ -30,6 +17,7 @@ from arpo_ext import ops
 from arpo_ext.config import SftConfig, TrainConfig
 from arpo_ext.errors import ModelError
 from arpo_ext.training.batch import PolicyBatch, TokenBatch, Update, weightless_batch
+from arpo_ext.training.objective import objective
 
 Batch = TypeVar("Batch")
 
@@ -130,37 +118,9 @@ def policy_step(
 def batch_loss(
     model: nn.Module, batch: PolicyBatch, config: TrainConfig, normalizer: float, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch, 0-d with gradient, and 0-d statistics: sums, and maxima under names ending in _max."""
-    text = batch.text
-    logprob, entropy = token_statistics(model, text, temperature)
-    current = logprob.detach()
-    old = current if batch.old_logprob is None else batch.old_logprob
-    # What the clip sees; raising the old log-probability keeps the gradient, cutting the ratio itself would lose it.
-    base = torch.maximum(old, current - math.log(config.importance_cap)) if config.old_logprob == "sampler" else old
-    loss, sums = ops.policy_loss(
-        logprob.reshape(-1),
-        base.reshape(-1),
-        batch.advantage.reshape(-1),
-        batch.weight.reshape(-1),
-        normalizer=normalizer,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        clip="ppo" if config.dual_clip is None else "dual",
-    )
-    measured = text.mask & batch.sampler_logprob.isfinite()
-    gap = torch.where(measured, (current - batch.sampler_logprob).abs(), 0.0)
-    return loss, {
-        "loss": loss.detach(),
-        "tokens": text.mask.sum(),
-        "entropy": entropy.detach().sum(),
-        "weight": sums.weight,
-        "clipped": sums.clipped,
-        "gap": gap.sum(),
-        "gap_tokens": measured.sum(),
-        "gap_max": gap.max(),
-        "log_ratio_max": torch.where(text.mask, current - old, -torch.inf).max(),
-    }
+    """Loss and statistics of one micro-batch, as `objective`."""
+    logprob, entropy = token_statistics(model, batch.text, temperature)
+    return objective(logprob.flatten(), entropy.flatten(), batch.columns, config, normalizer)
 
 
 def global_sum(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
@@ -180,7 +140,7 @@ def _with_trainer_logprobs(accelerator: Accelerator, model: nn.Module, update: U
     with torch.no_grad():
         for batch in update.micro_batches:
             logprob, _ = token_statistics(model, batch.text.to(accelerator.device), temperature)
-            filled.append(replace(batch, old_logprob=logprob))
+            filled.append(replace(batch, columns=replace(batch.columns, old_logprob=logprob.flatten())))
     return replace(update, micro_batches=filled)
 
 

@@ -1,0 +1,91 @@
+"""The loss of one micro-batch from flat columns of its trained tokens, whatever layout the model read them in.
+
+Which old log-probability the ratio is taken against (`train.old_logprob`):
+
+sampler: ratio = p_trainer / p_sampler, both at the sampling temperature. It corrects for the old policy and for the
+numerical gap between sampler and trainer at once and costs no extra forward. As in truncated importance sampling the
+ratio is cut at `importance_cap` C with its gradient kept: a token contributes min(ratio, C) * A * grad log p, never
+more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not. A
+`dual_clip` below the cap acts first, and drops the gradient of such tokens.
+
+trainer: the ratio is taken against the trainer's own log-probability before the first update of the step, as in the
+published code; the sampler's gap is measured and not corrected. With one update per step the ratio is 1 and its
+gradient that of log p, so no forward is spent on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from arpo_ext import ops
+from arpo_ext.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """What the loss reads of N tokens besides what the model says of them. Nothing is read where weight is 0.
+
+    A token that several rollouts share stands once for each of them, or once with the pair form of the advantage.
+
+    sampler_logprob: float32 [N], as recorded while sampling, NaN where none was.
+    advantage: float32 [N], or [N, 2]: sums of weight * advantage over the rows that share the token, positive and
+        negative ones apart.
+    weight: float32 [N], at least 0, share of the token in the loss before normalisation.
+    row, turn: int64 [N], numbers below N of the rollout and of the turn of the model that hold the token; no two
+        rows share a turn, and all tokens of a row are in one micro-batch.
+    old_logprob: float32 [N] that the ratio is taken against; None: the trainer's own at the time of the update.
+    """
+
+    sampler_logprob: Tensor
+    advantage: Tensor
+    weight: Tensor
+    row: Tensor
+    turn: Tensor
+    old_logprob: Tensor | None = None
+
+    def to(self, device: torch.device) -> TokenColumns:
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenColumns(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in own.items()})
+
+
+def objective(
+    logprob: Tensor, entropy: Tensor, columns: TokenColumns, config: TrainConfig, normalizer: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one micro-batch, 0-d with gradient, and 0-d statistics: sums, and maxima under names ending in _max.
+
+    logprob, entropy: float32 [N], of the policy in training. normalizer: over all micro-batches and ranks of the
+    update, so that losses and gradients of any split add up to those of the whole.
+    """
+    trained = columns.weight > 0
+    current = logprob.detach()
+    old = current if columns.old_logprob is None else columns.old_logprob
+    # What the clip sees; raising the old log-probability keeps the gradient, cutting the ratio itself would lose it.
+    base = torch.maximum(old, current - math.log(config.importance_cap)) if config.old_logprob == "sampler" else old
+    loss, sums = ops.policy_loss(
+        logprob,
+        base,
+        columns.advantage,
+        columns.weight,
+        normalizer=normalizer,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        clip="ppo" if config.dual_clip is None else "dual",
+    )
+    measured = trained & columns.sampler_logprob.isfinite()
+    gap = torch.where(measured, (current - columns.sampler_logprob).abs(), 0.0)
+    return loss, {
+        "loss": loss.detach(),
+        "tokens": trained.sum(),
+        "entropy": torch.where(trained, entropy.detach(), 0.0).sum(),
+        "weight": sums.weight,
+        "clipped": sums.clipped,
+        "gap": gap.sum(),
+        "gap_tokens": measured.sum(),
+        "gap_max": gap.max(),
+        "log_ratio_max": torch.where(trained, current - old, -torch.inf).max(),
+    }
