@@ -85,7 +85,7 @@ CPU_BARS = (
     *(Bar(f"both: {peer}", _LINEAR_PASSES, "times_ours", peer, 1, unit="x") for peer in _LINEAR_PEERS),
     Bar(
         "`group_advantages` 2048 x 2048, groups of 16, per token: verl's grpo",
-        ({"op": "expand_advantages", "estimator": "grpo", "L": 2048, "T": 2048},),
+        ({"op": "expand_advantages", "estimator": "grpo", "L": 2048, "T": 2048, "inputs": "leaves"},),
         "times_ours",
         "verl grpo",
         20,

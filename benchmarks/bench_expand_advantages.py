@@ -1,9 +1,9 @@
 """One advantage a token, from rewards and masks by token and a name for each row's group, against verl's estimators.
 
-The cases of grpo and rloo begin with what verl's registered functions get (rewards [L, T], an int64 mask [L, T], an
-array of uuids) and end with what they return; summing the rewards and numbering the names is part of every time.
-`arpo-ext from leaf rewards` begins with one reward and one group number a row and a bool mask, as trees have them.
-Counted bytes: rewards, mask and result once; for the packed form leaf, length and result.
+verl's registered functions get rewards [L, T], an int64 mask [L, T] and an array of uuids. With `inputs=leaves` ours
+begins with what our ops take and trees have: one reward and one group number a row and a bool mask. With `inputs=verl`
+it begins with verl's, so that summing the rewards and numbering the names is part of its time; reading those 50 MB is
+most of it. Counted bytes: what our form reads and the result, once; for the packed form leaf, length and result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .bench_group_advantages import made_trees
 _TOLERANCE = 2e-5
 
 
-def _rows_case(estimator: str, rows: int, tokens: int, group: int, device: str) -> Case:
+def _rows_case(estimator: str, inputs: str, rows: int, tokens: int, group: int, device: str) -> Case:
     reward = made_trees(rows // group, group, 0, device)[0]
     generated = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(0)).to(device) > 0.25
     mask = generated.long()
@@ -51,12 +51,22 @@ def _rows_case(estimator: str, rows: int, tokens: int, group: int, device: str) 
 
         return make
 
+    ours, read = {
+        "leaves": (from_leaves, reward.nbytes + tree.nbytes + generated.nbytes),
+        "verl": (from_tokens, token_reward.nbytes + mask.nbytes),
+    }[inputs]
     return Case(
-        {"op": "expand_advantages", "estimator": estimator, "L": rows, "T": tokens, "group": group},
-        token_reward.nbytes + mask.nbytes + 4 * expected.numel(),
+        {
+            "op": "expand_advantages",
+            "estimator": estimator,
+            "L": rows,
+            "T": tokens,
+            "group": group,
+            "inputs": inputs,
+        },
+        read + 4 * expected.numel(),
         [
-            Provider("arpo-ext", lambda: from_tokens),
-            Provider("arpo-ext from leaf rewards", lambda: from_leaves),
+            Provider("arpo-ext", lambda: ours),
             Provider(f"verl {estimator}", verl(estimator)),
             Provider(f"verl {estimator}_vectorized", verl(f"{estimator}_vectorized")),
         ],
@@ -88,7 +98,8 @@ def _packed_case(rows: int, tokens: int, device: str) -> Case:
 def cases(options: Options) -> Iterator[Case]:
     rows, tokens, group = (32, 64, 8) if options.smoke else (2048, 2048, 16)
     for estimator in ("grpo", "rloo"):
-        yield _rows_case(estimator, rows, tokens, group, options.device)
+        for inputs in ("leaves", "verl"):
+            yield _rows_case(estimator, inputs, rows, tokens, group, options.device)
     yield _packed_case(rows, tokens, options.device)
 
 

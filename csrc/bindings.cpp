@@ -459,7 +459,6 @@ void bind_expand_advantages(py::module_& m) {
     m.def("expand_rows", [](int isa_code, const ExpandRows& args) {
         const Isa isa = choose_isa(isa_code);
         py::gil_scoped_release release;
-        prefer_huge_pages(args.out, args.rows * args.columns * static_cast<std::int64_t>(sizeof(float)));
         ARPO_CALL(isa, expand_rows, args);
     });
     m.def("expand_packed", [](int isa_code, Address leaf, Address length, std::int64_t leaves, std::int64_t total,
@@ -467,7 +466,6 @@ void bind_expand_advantages(py::module_& m) {
         const Isa isa = choose_isa(isa_code);
         const ExpandPacked args = expand_packed_call(leaf, length, leaves, total, out, threads);
         py::gil_scoped_release release;
-        prefer_huge_pages(args.out, args.total * static_cast<std::int64_t>(sizeof(float)));
         ARPO_CALL(isa, expand_packed, args);
     });
 #ifdef ARPO_HAVE_CUDA

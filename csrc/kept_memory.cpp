@@ -1,10 +1,11 @@
 // malloc maps more than 32 MiB anew every time and gives it back at once, so that the gradient of [256, 151936] logits
 // costs 38,000 page faults and the clearing of 148 MiB at every step: 33 to 65 ms, where computing it takes 8. Kept
 // memory costs 4 ms for the offer to the system (MADV_FREE) and 3 for the first writing after it; in huge pages next to
-// nothing. Pages that the system took meanwhile come back as fresh ones, zeroed.
+// nothing. Pages that the system took meanwhile come back as fresh ones, zeroed. Smaller areas are not offered: malloc
+// keeps as much, unless something else that is freed moves its limits, and the offer would cost half of filling them.
 //
-// Two areas: an update has one gradient of logits or of a head at a time, rarely both. An area serves sizes down to half
-// its own, for the micro-batches of a step differ in length.
+// Four areas: gradients of logits and of a head, advantages of a batch. An area serves sizes down to half its own, for
+// the micro-batches of a step differ in length.
 #include "kept_memory.h"
 
 #include <mutex>
@@ -23,7 +24,8 @@
 namespace arpo {
 namespace {
 
-constexpr std::size_t kMostKept = 2;
+constexpr std::size_t kMostKept = 4;
+constexpr std::int64_t kOfferedFrom = 32 << 20;
 
 struct Area {
     void* start;
@@ -53,7 +55,9 @@ Area map(std::int64_t bytes) {
 
 void unmap(const Area& area) { munmap(area.start, area.capacity); }
 
+// Whether the area may be kept: small, or the system may take its pages.
 bool offer_to_system(const Area& area) {
+    if (area.capacity < kOfferedFrom) return true;
 #ifdef MADV_FREE
     return madvise(area.start, area.capacity, MADV_FREE) == 0;
 #else
@@ -71,7 +75,7 @@ Area map(std::int64_t bytes) {
 
 void unmap(const Area& area) { std::free(area.start); }
 
-bool offer_to_system(const Area&) { return false; }
+bool offer_to_system(const Area& area) { return area.capacity < kOfferedFrom; }
 
 #endif
 

@@ -5,8 +5,8 @@
 
 namespace arpo {
 
-// Writable memory of at least `bytes`, with what it last held, if anything. When the owner ends, two such areas are
-// kept for the next owners, and the system may take the pages of those at any time.
+// Writable memory of at least `bytes`, with what it last held, if anything. When the owner ends, up to four such
+// areas are kept for the next owners, and the system may take the pages of large ones at any time.
 class KeptMemory {
 public:
     // std::bad_alloc if there is none.

@@ -114,16 +114,6 @@ def test_any_nan_upstream_stays_nan(backend, dtype):
         assert gradient[1:].isnan().all()
 
 
-def test_large_gradients_are_written_in_huge_pages(monkeypatch):
-    asked = []
-    monkeypatch.setattr(_native.C, "prefer_huge_pages", lambda *range_: asked.append(range_))
-    logits = random_logits(3, 1009)
-    gradient = gradient_of(logits, torch.tensor([0, 1, 2]))
-    assert asked == [(gradient.data_ptr(), gradient.nbytes)]
-    gradient_of(logits, torch.tensor([0, 1, 2]), inplace=True)
-    assert len(asked) == 1  # the caller's memory is left as it is
-
-
 def flags_of(address):
     """The kernel's flags of the mapping that holds `address`."""
     with open("/proc/self/smaps", "rb", buffering=0) as smaps:
@@ -173,7 +163,7 @@ def is_mapped(address):
 
 
 MIB = 2**20
-# 40 MiB: more than malloc keeps.
+# 40 MiB: more than malloc keeps, and offered to the system.
 LARGE = (8, 40 * MIB // 4 // 8)
 
 
@@ -223,17 +213,31 @@ def test_no_gradient_takes_memory_of_more_than_twice_its_size():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.usefixtures("no_kept_memory")
-def test_memory_of_two_gradients_is_kept_until_the_cache_is_emptied():
-    gradients = [large_gradient(dtype=dtype, shape=(8, 20 * MIB // 8)) for dtype in (torch.float32,) * 3]
-    addresses = [gradient.data_ptr() for gradient in gradients]
-    assert len(set(addresses)) == 3
-    while gradients:
-        gradients.pop(0)
-    # Of three given back one after the other the first has left.
-    assert [is_mapped(address) for address in addresses[1:]] == [True, True]
-    assert large_gradient(shape=(8, 20 * MIB // 8)).data_ptr() in addresses[1:]
+def test_memory_of_four_results_is_kept_until_the_cache_is_emptied():
+    results = [ops.expand_advantages(torch.arange(2.0), torch.ones(2, 4 * MIB // 8)) for _ in range(5)]
+    addresses = [result.data_ptr() for result in results]
+    assert len(set(addresses)) == 5
+    while results:
+        results.pop(0)
+    # Of five given back one after the other the first has left.
+    assert all(is_mapped(address) for address in addresses[1:])
+    assert ops.expand_advantages(torch.arange(2.0), torch.ones(2, 4 * MIB // 8)).data_ptr() in addresses[1:]
     ops.empty_cache()
     assert not any(is_mapped(address) for address in addresses)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("no_kept_memory")
+def test_the_pages_of_large_kept_memory_are_offered_to_the_system():
+    def offered_kb():
+        with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("LazyFree:"))
+
+    before = offered_kb()
+    large_gradient()
+    assert offered_kb() - before > 39 * 1024
+    large_gradient()
+    assert torch.equal(large_gradient(), large_gradient())
 
 
 @pytest.mark.usefixtures("no_kept_memory")

@@ -1,8 +1,8 @@
 """Fused ops of agentic reinforcement learning. Each has a plain torch reference and takes `backend=`."""
 
 from arpo_ext.ops._dispatch import BackendError, available_backends, build_info
-from arpo_ext.ops._gradient_memory import empty_cache
 from arpo_ext.ops._invalid_labels import invalid_labels
+from arpo_ext.ops._result_memory import empty_cache
 from arpo_ext.ops.branch_points import aepo_initial_paths, branch_points, branch_scores
 from arpo_ext.ops.branch_tokens import TokenBranches, branch_tokens, future_value
 from arpo_ext.ops.expand_advantages import expand_advantages, first_occurrences

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops import _native
-from arpo_ext.ops._gradient_memory import empty_gradient
 from arpo_ext.ops._logits import LogitsCall
+from arpo_ext.ops._result_memory import empty_result
 from arpo_ext.ops._shards import new_running, shard_backward, shard_forward
 
 # On the CPU a tile of 256 x 1536 float32 stays in the second-level caches; measured on two AVX-512 cores, D = 1024, the
@@ -205,7 +205,7 @@ def gradients(
     if kept is not None:
         upstream = upstream.rows(kept)
     grad_hidden = call.hidden.new_empty(call.hidden.shape, dtype=torch.float32) if wanted.hidden else None
-    grad_weight = empty_gradient(call.weight) if wanted.weight else None
+    grad_weight = empty_result(call.weight.shape, call.weight) if wanted.weight else None
     grad_bias = None if call.bias is None or not wanted.bias else torch.zeros_like(call.bias, dtype=torch.float32)
     if len(call.hidden):
         _fill(backend, call, upstream, grad_hidden, grad_weight, grad_bias)

@@ -24,6 +24,7 @@ from torch import Tensor
 from arpo_ext.ops import _native
 from arpo_ext.ops import expand_advantages_reference as reference
 from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cuda
+from arpo_ext.ops._result_memory import empty_result
 
 # Codes as in csrc/expand_advantages.h. Masks of other types are converted first.
 _MASKS = {
@@ -151,7 +152,7 @@ def _expand_rows(leaf: Tensor, mask: Tensor, isa: int) -> Tensor:
     if mask.stride(1) != 1:
         mask = mask.contiguous()
     leaf = leaf.contiguous()
-    out = leaf.new_empty(mask.shape)
+    out = empty_result(mask.shape, leaf)
     cpu = _native.device_kind(leaf) == "cpu"
     threads = torch.get_num_threads() if cpu else 1
     shape = _MASKS[mask.dtype], mask.stride(0), *mask.shape
@@ -166,7 +167,7 @@ def _expand_rows(leaf: Tensor, mask: Tensor, isa: int) -> Tensor:
 @torch.library.impl("arpo_ext::expand_packed_advantages", ("cpu", "cuda"))
 def _expand_packed(leaf: Tensor, length: Tensor, total: int, isa: int) -> Tensor:
     leaf = leaf.contiguous()
-    out = leaf.new_empty(total)
+    out = empty_result((total,), leaf)
     if _native.device_kind(leaf) == "cpu":
         sizes = length.contiguous(), leaf.numel(), total, out
         lengths, *sizes = (x.data_ptr() if isinstance(x, Tensor) else x for x in sizes)

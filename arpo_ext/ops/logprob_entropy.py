@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops._dispatch import choose, refuse_forward_mode
-from arpo_ext.ops._gradient_memory import empty_gradient
 from arpo_ext.ops._logits import LogitsCall, checked_call, result_dtype
 from arpo_ext.ops._logits_backends import BACKWARD, FORWARD
 from arpo_ext.ops._logprob_entropy_parallel import over_ranks
+from arpo_ext.ops._result_memory import empty_result
 from arpo_ext.ops._vocab_parallel import shard_of
 
 
@@ -222,7 +222,7 @@ def _shard_call(inputs: tuple[Any, ...], vocab_start: int = 0, vocab_total: int 
 def _backward(*args):
     inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
     call = _shard_call(inputs, *shard)
-    out = empty_gradient(call.logits)
+    out = empty_result(call.logits.shape, call.logits)
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
     return out
 
