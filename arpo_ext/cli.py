@@ -273,6 +273,8 @@ def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
 def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Renderer, tracker: Tracker) -> Any:
     from arpo_ext.rollout.collect import collect
 
+    baselines: dict[tuple[int, ...], float] = {}
+
     def run(prompts: Sequence[Prompt], step: int) -> Any:
         calls_before = sum(stats.calls for stats in tools.stats.values())
         with tracker.progress(len(prompts) * config.rollout.paths, "rollouts") as progress:
@@ -291,6 +293,7 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
                 # Each step draws anew; the multiplier keeps the streams of neighbouring seeds apart.
                 seed=config.seed * 1_000_003 + step,
                 progress=ended,
+                baselines=baselines,
             )
         trees = [dataclasses.replace(tree, metadata={**tree.metadata, "step": step}) for tree in collected.trees]
         return dataclasses.replace(collected, trees=trees)

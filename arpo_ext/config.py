@@ -160,6 +160,21 @@ class EngineConfig(_Section):
     threads: PositiveInt | None = Field(None, description="torch threads once the engine is up; None: unchanged")
 
 
+class ReferenceConfig(_Section):
+    """Faults of ARPO's published code that the policy `reference` repeats, each of which can be switched off."""
+
+    stale_baseline: bool = Field(
+        True, description="compare with the first window that any earlier call had at the path's place in the batch"
+    )
+    own_baseline: bool = Field(True, description="compare a fork with its own first window, not with its path's")
+    window_before_call: bool = Field(
+        True, description="measure the turn that wrote the call; false: the k tokens after the result"
+    )
+    top_logprobs_sum: bool = Field(
+        True, description="sum -p log p of each token's ten likeliest, over ln V; false: rollout.normalizer"
+    )
+
+
 class RolloutConfig(_Section):
     """M, N, Z, k, alpha, beta and tau of the paper (section 3) under their plain names."""
 
@@ -167,12 +182,13 @@ class RolloutConfig(_Section):
     initial_paths: PositiveInt = Field(8, description="N: paths started from the prompt; `aepo` finds its own number")
     branch_width: PositiveInt = Field(1, description="Z: siblings a positive decision asks for")
     probe_tokens: PositiveInt = Field(20, description="k: tokens measured after each tool result")
-    policy: Literal["paper", "aepo", "at2po", "appo", "random", "chain"] = "paper"
-    base: float = Field(0.5, description="alpha; for `random` the branch probability")
+    policy: Literal["paper", "reference", "aepo", "at2po", "appo", "random", "chain"] = "paper"
+    base: float = Field(0.5, description="alpha; for `random` and `reference` the branch probability")
     weight: float = Field(0.2, description="beta; for `at2po` the alpha that siblings of a turn cost it")
     threshold: float = Field(0.5, description="tau")
     normalizer: Literal["mean_over_log_vocab", "sum_over_vocab"] = "mean_over_log_vocab"
     baseline: Literal["root", "post_tool"] = "root"
+    reference: ReferenceConfig = ReferenceConfig()
     penalty: float = Field(0.05, ge=0, description="`aepo`: what each consecutive branch of a path takes off its score")
     split_slope: float = Field(0.5, description="`aepo`: beta of the split between initial paths and branches")
     min_distance: PositiveInt = Field(1, description="`appo`: tokens between two forks of one turn, at least")
@@ -192,6 +208,8 @@ class RolloutConfig(_Section):
             )
         if self.policy == "appo" and self.entropies != "all":
             raise ValueError(f"policy appo chooses among all tokens, got entropies {self.entropies!r}; expected 'all'")
+        if self.policy == "reference" and self.baseline != "root":
+            raise ValueError(f"policy reference has a baseline of its own, got {self.baseline!r}; expected 'root'")
         return self
 
 

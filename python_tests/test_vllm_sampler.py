@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +179,33 @@ def test_chunked_prompts_record_the_entropy_of_the_first_real_token(fresh, model
     for request in requests:
         _, entropies = _measure(model, renderer.tokenizer, request.tokens, done[request.id].tokens, TEMPERATURE)
         assert done[request.id].entropies == pytest.approx(entropies, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_likeliest_tokens_are_reported_where_asked_for(fresh, model, renderer):
+    wanted = [replace(_request(i, tokens=range(14, 18 + i)), top_logprobs=10 if i % 2 else 0) for i in range(12)]
+    probes, done = _run(fresh, wanted)
+    outside = 0
+    for request in wanted:
+        completion = done[request.id]
+        if not request.top_logprobs:
+            assert completion.top_logprobs == ()
+            continue
+        assert len(completion.top_logprobs) == min(4, len(completion.tokens))
+        if request.id in probes:
+            assert probes[request.id].top_logprobs == completion.top_logprobs
+        logits = model(torch.tensor([[*request.tokens, *completion.tokens]])).logits[0, len(request.tokens) - 1 :]
+        for text, bias in BIAS.items():
+            logits[:, renderer.tokenizer.convert_tokens_to_ids(text)] += bias
+        logprobs = torch.log_softmax(logits / TEMPERATURE, -1)
+        for row, sampled, reported in zip(logprobs, completion.tokens, completion.top_logprobs, strict=False):
+            expected = row.topk(10)
+            values = expected.values.tolist()
+            if sampled not in expected.indices:
+                outside += 1
+                values.append(float(row[sampled]))
+            assert sorted(reported) == pytest.approx(sorted(values), abs=1e-3)
+    assert outside
 
 
 def test_a_request_draws_alike_alone_and_in_a_batch(fresh):

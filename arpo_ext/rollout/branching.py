@@ -1,7 +1,8 @@
 """Where a path forks while it is sampled: windows of entropies in, decisions out.
 
 The rule itself is `ops.branch_points`; this file says what it is asked. A window is the first k entropies after a tool
-result (ARPO Eq. 3 to 5), normalised, against the baseline of its path. Policies that wait for complete paths are in
+result (ARPO Eq. 3 to 5), normalised, against the baseline of its path; the policy `reference` takes windows and
+baselines as ARPO's published code does (vllm_rollout_with_tools.py). Policies that wait for complete paths are in
 `expansion`.
 """
 
@@ -19,9 +20,17 @@ import torch
 
 from arpo_ext import ops
 from arpo_ext.config import RolloutConfig
+from arpo_ext.errors import SamplerError
+from arpo_ext.rollout.sampler import Completion, Probe
 from arpo_ext.types import Branch
 
 _log = logging.getLogger(__name__)
+
+# (position of the prompt, *lineage) -> first window ever measured of a path there.
+Baselines = dict[tuple[int, ...], float]
+
+# Log-probabilities that the published code asks for at every token.
+_TOP_LOGPROBS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +64,43 @@ class Brancher:
     """The branch rule of one collect call and the running mean it may compare with.
 
     vocab_size: V of the normaliser. `mean_over_log_vocab`: mean(H) / ln V, between 0 and 1; `sum_over_vocab`:
-    sum(H) / V, the paper's Eq. 4.
+    sum(H) / V, the paper's Eq. 4. baselines: what `reference` with `stale_baseline` remembers. The published code never
+    empties its dictionary, whose keys count the rollouts of a batch, so whoever wants its behaviour passes the same one
+    to every call; None: a new one, as in its first batch. Forks have their lineage for a key here, not the order in
+    which they happened to start.
+
+    top_logprobs: how many of them the sampler has to report. decides_on_results: a path asks when its tool result is
+    there, with the last window it has; else when the window after the result is complete. forgets_baseline: a fork does
+    not inherit that of its path.
     """
 
-    def __init__(self, config: RolloutConfig, vocab_size: int, seed: int) -> None:
+    def __init__(self, config: RolloutConfig, vocab_size: int, seed: int, baselines: Baselines | None = None) -> None:
         self.config = config
+        faults = config.reference if config.policy == "reference" else None
+        self.top_logprobs = _TOP_LOGPROBS if faults and faults.top_logprobs_sum else 0
+        self.decides_on_results = bool(faults and faults.window_before_call)
+        self.forgets_baseline = bool(faults and faults.own_baseline)
+        self._baselines = ({} if baselines is None else baselines) if faults and faults.stale_baseline else None
         self.vocab_size = vocab_size
         self.seed = seed
         self._sum = 0.0
         self._count = 0
         if config.policy == "paper" and config.base == config.threshold:
             _warn_of_sign_rule(config.base)
+
+    def measure(self, event: Probe | Completion) -> float:
+        """The one number of the window that begins a turn. SamplerError if `top_logprobs` were asked for in vain."""
+        if not self.top_logprobs:
+            return self.normalize(event.entropies[: self.config.probe_tokens])
+        window = event.top_logprobs[: self.config.probe_tokens]
+        if not window:
+            raise SamplerError(f"the sampler reported no logprobs beside the sampled ones; expected {_TOP_LOGPROBS}")
+        terms = (-math.exp(p) * p for token in window for p in token if p > -math.inf)
+        return sum(terms) / max(math.log(self.vocab_size), 1e-9)
+
+    def root(self, tree: int, lineage: tuple[int, ...], window: float) -> float:
+        """Baseline of a path that has none yet and whose window this is."""
+        return window if self._baselines is None else self._baselines.setdefault((tree, *lineage), window)
 
     def normalize(self, entropies: Sequence[float]) -> float:
         """The window's one number; NaN for an empty window."""
@@ -91,12 +126,31 @@ class Brancher:
                 self._count += 1
         if not windows:
             return []
+        # The published code flips its coin anew for each sibling.
+        coins = self.config.branch_width if self.config.policy == "reference" else 1
+        asked = [pair for pair in zip(windows, baselines, strict=True) for _ in range(coins)]
+        keys = [path_key((w.key, coin)) if coin else w.key for w in windows for coin in range(coins)]
+        scores, children = self._points(asked, keys, room, self.config.branch_width // coins)
+        return [
+            Branch(
+                score=max(scores[first : first + coins]),
+                room=room[window.tree],
+                children=sum(children[first : first + coins]),
+            )
+            for first, window in zip(range(0, len(asked), coins), windows, strict=True)
+        ]
+
+    def _points(
+        self, asked: Sequence[tuple[Window, float]], keys: Sequence[int], room: Sequence[int], width: int
+    ) -> tuple[list[float], list[int]]:
+        """Scores and granted children of windows beside their baselines."""
+        windows = [window for window, _ in asked]
         inputs = (
             torch.tensor([w.entropy for w in windows], dtype=torch.float32),
-            torch.tensor(baselines, dtype=torch.float32),
+            torch.tensor([baseline for _, baseline in asked], dtype=torch.float32),
             torch.tensor([w.tree for w in windows], dtype=torch.int64),
             torch.tensor(room, dtype=torch.int32),
-            torch.tensor([w.key for w in windows], dtype=torch.int64),
+            torch.tensor(keys, dtype=torch.int64),
             torch.tensor([w.turn for w in windows], dtype=torch.int32),
         )
         rule = {
@@ -104,18 +158,13 @@ class Brancher:
             "base": self.config.base,
             "weight": self.config.weight,
             "threshold": self.config.threshold,
-            "width": self.config.branch_width,
+            "width": width,
             "seed": self.seed,
         }
         if self.config.policy == "aepo":
             streak = torch.tensor([w.streak for w in windows], dtype=torch.int32)
             rule |= {"penalty": self.config.penalty, "streak": streak}
-        scores = ops.branch_scores(*inputs, **rule)[0].tolist()
-        children = ops.branch_points(*inputs, **rule).tolist()
-        return [
-            Branch(score=score, room=room[window.tree], children=granted)
-            for window, score, granted in zip(windows, scores, children, strict=True)
-        ]
+        return ops.branch_scores(*inputs, **rule)[0].tolist(), ops.branch_points(*inputs, **rule).tolist()
 
     def _baseline(self, window: Window) -> float:
         if self.config.baseline == "root":

@@ -20,7 +20,7 @@ from arpo_ext import ops
 from arpo_ext.config import RolloutConfig
 from arpo_ext.errors import DataError
 from arpo_ext.render import Renderer
-from arpo_ext.rollout.branching import Brancher, Window, draw_seed
+from arpo_ext.rollout.branching import Baselines, Brancher, Window, draw_seed
 from arpo_ext.rollout.expansion import expand_tokens, expand_turns
 from arpo_ext.rollout.paths import Budget, OpenPath
 from arpo_ext.rollout.sampler import Completion, Probe, Sampler, SampleRequest
@@ -49,15 +49,17 @@ def collect(
     seed: int,
     greedy: bool = False,
     progress: Callable[[int], object] | None = None,
+    baselines: Baselines | None = None,
 ) -> Collected:
     """Exactly `config.paths` leaves for every prompt (ARPO section 3; semantics in DESIGN section 5).
 
     sampler: has no open requests. tools: started. seed: of every draw and branch decision; with
     `config.deterministic` and tools that answer alike, the same seed gives the same trees. progress: called with the
-    number of paths that just ended, for instance `tqdm.update`. DataError if a prompt leaves no room to answer,
-    before anything is sampled. What a tool or the model does wrong becomes part of a tree, never an exception.
+    number of paths that just ended, for instance `tqdm.update`. baselines: what the policy `reference` remembers from
+    call to call, see `Brancher`; None: nothing. DataError if a prompt leaves no room to answer, before anything is
+    sampled. What a tool or the model does wrong becomes part of a tree, never an exception.
     """
-    run = _Run(sampler, tools, renderer, config, seed, greedy, progress or (lambda ended: None))
+    run = _Run(sampler, tools, renderer, config, seed, greedy, progress or (lambda ended: None), baselines)
     run.plant(prompts)
     if config.deterministic:
         sampler.reset_prefix_cache()
@@ -65,9 +67,11 @@ def collect(
         run.start_paths()
         while run.is_open:
             run.take_results()
+            run.branch()
             if sampler.num_unfinished:
                 events = run.step()
-                run.branch(events)
+                run.measure(events)
+                run.branch()
                 for event in events:
                     if isinstance(event, Completion):
                         run.end_turn(event)
@@ -90,11 +94,12 @@ class _Run:
         seed: int,
         greedy: bool,
         progress: Callable[[int], object],
+        baselines: Baselines | None,
     ) -> None:
         self.sampler, self.tools, self.renderer, self.config = sampler, tools, renderer, config
         self.seed, self.greedy, self.progress = seed, greedy, progress
         self.budget = Budget(config, renderer, sampler.max_model_len)
-        self.brancher = Brancher(config, sampler.vocab_size, seed)
+        self.brancher = Brancher(config, sampler.vocab_size, seed, baselines)
         self.trees: list[GrowingTree] = []
         # Of policies that wait for complete paths; the others decide while they sample.
         self.rounds = {"at2po": config.rounds, "appo": 1}.get(config.policy, 0)
@@ -102,6 +107,7 @@ class _Run:
         self.turns: defaultdict[int, dict[int, OpenPath]] = defaultdict(dict)
         self.monitored: dict[int, list[float]] = {}
         self.sampling: dict[int, OpenPath] = {}
+        self.asking: list[OpenPath] = []
         self.waiting: list[tuple[Future[ToolResult], OpenPath]] = []
         self.requests = 0
         self.fresh = 0
@@ -184,6 +190,7 @@ class _Run:
                 probe_tokens=self.config.probe_tokens,
                 seed=draw_seed(self.seed, path.tree, path.key, path.turn),
                 greedy=self.greedy,
+                top_logprobs=self.brancher.top_logprobs,
             )
         )
         self.requests += 1
@@ -195,30 +202,37 @@ class _Run:
         self.decode_s += time.perf_counter() - started
         return events
 
-    def branch(self, events: Iterable[Probe | Completion]) -> None:
-        """Note the windows that are complete, decide all of them together, start the siblings."""
-        asking: list[tuple[OpenPath, Window]] = []
+    def measure(self, events: Iterable[Probe | Completion]) -> None:
+        """Note the windows that are complete."""
         for event in events:
             path = self.sampling[event.id]
             if path.probe_entropy is not None:
                 continue
             window = event.entropies[: self.config.probe_tokens]
-            entropy = self.brancher.normalize(window)
             path.probe_entropy = sum(window) / len(window)
+            path.window = self.brancher.measure(event)
             if path.monitored is not None:
-                path.monitored.append(entropy)
+                path.monitored.append(path.window)
             if path.root is None:
-                path.root = entropy
-            elif not path.asked and path.monitored is None:
-                asking.append((path, Window(path.tree, path.key, path.turn, entropy, path.root, path.streak)))
-        asking.sort(key=lambda pair: (pair[1].tree, pair[1].key))
+                path.root = self.brancher.root(path.tree, path.lineage, path.window)
+            elif not path.asked and path.monitored is None and not self.brancher.decides_on_results:
+                self.asking.append(path)
+
+    def branch(self) -> None:
+        """Decide for all paths that ask together, and start their siblings."""
+        asking = sorted(self.asking, key=lambda path: (path.tree, path.key))
+        self.asking = []
+        windows = [Window(p.tree, p.key, p.turn, p.window, p.root, p.streak) for p in asking]
         room = [self.config.paths - tree.started for tree in self.trees]
-        for (path, _), branch in zip(asking, self.brancher.decide([window for _, window in asking], room), strict=True):
+        for path, branch in zip(asking, self.brancher.decide(windows, room), strict=True):
             path.asked, path.branch = True, branch
             path.streak = path.streak + 1 if branch and branch.children else 0
             for ordinal in range(branch.children if branch else 0):
                 self.trees[path.tree].started += 1
-                self.sample(path.sibling(ordinal))
+                sibling = path.sibling(ordinal)
+                if self.brancher.forgets_baseline:
+                    sibling.root = None
+                self.sample(sibling)
 
     def end_turn(self, completion: Completion) -> None:
         """Add what was sampled; hand a call to its tool, or end the path."""
@@ -284,6 +298,8 @@ class _Run:
         path.turn += 1
         path.asked = False
         self.sample(path)
+        if self.brancher.decides_on_results:
+            self.asking.append(path)
 
     def abort(self) -> None:
         """Leave no open request behind, so that the sampler can be used again after an error."""

@@ -19,7 +19,8 @@ class OpenPath:
     tokens: everything the model saw so far; used: how many of them follow the prompt. calls: tool calls it wrote.
     head: tokens of the running turn that it shares with the path it left. turn: tool results it read.
     root: normalised entropy of its first window, a branch has that of the path it left.
-    asked: the branch decision of the running window is taken or not wanted. probe_entropy, branch: of that window.
+    window: normalised entropy of its last window. asked: the branch decision of the running window is taken or not
+    wanted. probe_entropy, branch: of that window.
     streak: positive decisions in a row. monitored: normalised entropies of its windows, for a path that only measures
     and never forks; else None.
     """
@@ -33,6 +34,7 @@ class OpenPath:
     calls: int = 0
     turn: int = 0
     root: float | None = None
+    window: float | None = None
     asked: bool = False
     probe_entropy: float | None = None
     branch: Branch | None = None

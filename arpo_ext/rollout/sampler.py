@@ -16,7 +16,8 @@ class SampleRequest:
     """Continue `tokens` by at most `max_tokens` tokens.
 
     id: unique among unfinished requests. probe_tokens: leading tokens whose entropies are reported as a `Probe`.
-    seed: of this request's draws, in [0, 2**63). greedy: take the most probable token.
+    seed: of this request's draws, in [0, 2**63). greedy: take the most probable token. top_logprobs: of how many most
+    probable tokens the log-probabilities are reported with each of the probed ones; slow.
     """
 
     id: int
@@ -25,14 +26,16 @@ class SampleRequest:
     probe_tokens: int
     seed: int
     greedy: bool = False
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The first `probe_tokens` entropies (nats) of a request that goes on sampling."""
+    """The first `probe_tokens` entropies (nats) of a request that goes on sampling; top_logprobs as in `Completion`."""
 
     id: int
     entropies: tuple[float, ...]
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Completion:
     tokens: what was sampled, the token that stopped it included; never empty.
     logprobs: natural-log probability of each token under the distribution it was drawn from (greedy: temperature 1).
     entropies: of that distribution at the leading tokens, in nats; at least min(probe_tokens, len(tokens)) of them.
+    top_logprobs: at the first min(probe_tokens, len(tokens)) tokens, where asked for: those of the most probable tokens
+    and of the sampled one where it is not among them, in any order.
     """
 
     id: int
@@ -49,6 +54,7 @@ class Completion:
     logprobs: tuple[float, ...]
     entropies: tuple[float, ...]
     stop_reason: StopReason
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 class Sampler(Protocol):

@@ -41,6 +41,7 @@ class _Running:
     row: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[float, ...]] = field(default_factory=list)
 
 
 class VllmSampler:
@@ -76,7 +77,6 @@ class VllmSampler:
             # Only stop strings need the text; the tokens are all that is kept.
             "detokenize": bool(renderer.stop_strings),
             "skip_special_tokens": False,
-            "logprobs": 0,
             "logit_bias": bias or None,
             "output_kind": RequestOutputKind.DELTA,
         }
@@ -112,6 +112,9 @@ class VllmSampler:
             (delta,) = output.outputs
             running.tokens += delta.token_ids
             running.logprobs += [e[t].logprob for t, e in zip(delta.token_ids, delta.logprobs, strict=True)]
+            if running.request.top_logprobs:
+                left = running.request.probe_tokens - len(running.top_logprobs)
+                running.top_logprobs += [tuple(e.logprob for e in entry.values()) for entry in delta.logprobs[:left]]
             if output.finished:
                 finished.append((running, self._stop_reason(delta)))
             elif len(running.tokens) == running.request.probe_tokens:
@@ -153,6 +156,7 @@ class VllmSampler:
             temperature=0.0 if request.greedy else self._rollout.temperature,
             seed=request.seed,
             max_tokens=request.max_tokens,
+            logprobs=request.top_logprobs,
             extra_args=entropy_args(running.row, limit),
             **self._params,
         )
@@ -170,13 +174,14 @@ class VllmSampler:
             return []
         entropies = [tuple(e) for e in self._llm.collective_rpc("arpo_read_entropies", args=(rows, counts))[0]]
         events: list[Probe | Completion] = [
-            Probe(r.request.id, e) for r, e in zip(probed, entropies[: len(probed)], strict=True)
+            Probe(r.request.id, e, tuple(r.top_logprobs)) for r, e in zip(probed, entropies[: len(probed)], strict=True)
         ]
         for (running, reason), entropy in zip(finished, entropies[len(probed) :], strict=True):
             del self._running[str(running.request.id)]
             self._rows.append(running.row)
             tokens, logprobs = tuple(running.tokens), tuple(running.logprobs)
-            events.append(Completion(running.request.id, tokens, logprobs, entropy, reason))
+            top = tuple(running.top_logprobs)
+            events.append(Completion(running.request.id, tokens, logprobs, entropy, reason, top))
         return events
 
     def _stop_reason(self, output: Any) -> StopReason:
