@@ -276,16 +276,15 @@ def test_there_is_no_network(tool):
                 socket.create_connection((address, 80), timeout=2)
             except OSError as error:
                 print(type(error).__name__)
-        print([name for _, name in socket.if_nameindex() if name != "lo"])
         try:
             socket.getaddrinfo("example.org", 80)
         except OSError:
             print("no names")
         """
     lines = run(tool, code).text.split("\n")
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert set(lines[:2]) <= {"OSError", "PermissionError"}
-    assert lines[2:] == ["[]", "no names"]
+    assert lines[2] == "no names"
 
 
 def test_a_listening_parent_is_not_reachable(tool):

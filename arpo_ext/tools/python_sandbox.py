@@ -7,20 +7,22 @@ printed, hashes of strings do not vary.
 Covered, and tested, where `sandbox` is "required":
 
 - time: the wall-clock limit ends the whole process tree, however it was started; CPU time is limited as well.
-- memory: RLIMIT_AS per process (beside what preloaded packages map), 16 processes or threads, 16 MiB files, 32
-  descriptors, a 32 MiB private folder.
+- memory: RLIMIT_AS per process (beside what preloaded packages map), twice that over all processes of a call (looked
+  at ten times a second), 16 processes or threads, 16 MiB files, 32 descriptors, a 32 MiB private folder.
 - output: the first and the last `output_chars` are kept, the rest is read and dropped.
 - files: the root holds the interpreter's libraries, the packages and five devices, read-only, and a private /tmp that
   vanishes with the call, initially empty but for packages that are installed below it; nothing else of the machine can
-  be named. No program, not even a shell, is in it.
-- network: an empty network namespace, whose loopback is down.
+  be named. Programs that lie in library folders can be started and are held the same way.
+- network: an empty network namespace, whose loopback is down; no sockets but Unix and Internet ones.
 - processes and identity: a pid and an ipc namespace per call, an unused user id without capabilities and without a way
   to new ones, no environment, no inherited descriptor but the three standard ones. Nothing outlives the call, the
   tool or the process that started it.
+- the kernel's wider interfaces (keyrings, tracing, io_uring, bpf, memory files and others): a system call filter, see
+  `sandbox/syscalls.py`.
 
-Not covered: faults of the kernel itself (no system call filter), timing side channels, the sum of memory over the
-processes of one call (16 times the limit at worst; they are the first that the kernel ends when memory is short), the
-sum of CPU over calls, and the content of the machine's library folders, which can be read.
+Not covered: faults of the kernel in the calls that are left, timing side channels, memory that the processes of a call
+take within a tenth of a second (they are the first that the kernel ends when memory is short), the sum of CPU time over
+the processes of a call and over calls, and the content of the machine's library folders, which can be read.
 """
 
 from __future__ import annotations
@@ -173,9 +175,11 @@ class PythonTool:
         if "error" in reply:
             return ToolResult(self.name, f"the python sandbox could not run the code: {reply['error']}", ok=False)
         status, out, err = reply["status"], reply["out"].rstrip(), reply["err"].rstrip()
-        ok = status == 0 and not reply["timed_out"]
-        if reply["timed_out"]:
+        ok = status == 0 and reply["fault"] is None
+        if reply["fault"] == "time":
             parts = [out, err, f"TimeoutError: stopped after {self._config.timeout_s:g} s"]
+        elif reply["fault"] == "memory":
+            parts = [out, err, "MemoryError: stopped, its processes together held too much memory"]
         elif ok:
             # Warnings beside an output would only distract.
             parts = [out or err or NO_OUTPUT]

@@ -10,16 +10,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from . import kernel
+from . import kernel, syscalls
 
 # The base of the unused user ids: far above those of people, services and subordinate ranges.
 _FIRST_UID = 1_000_000_000
 _SLOTS = 256
 
-# What a call may use beside its memory and time. Memory files and the private folder are not counted by RLIMIT_AS,
-# so descriptors x file size is held to about the memory of one process.
+# What a call may use beside its memory and time.
 _PROCESSES = 16
 _OPEN_FILES = 32
+# Pending signals and timers: memory of the kernel that is not counted elsewhere.
+_SIGNALS = 1024
 _FILE_BYTES = 16 << 20
 _FOLDER_BYTES = 32 << 20
 _FOLDER_FILES = 4096
@@ -38,7 +39,7 @@ class Jail:
     def __init__(self, readable: list[str]) -> None:
         self.missing: dict[str, str] = {}
         self.preloaded_bytes = 0
-        self._proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._readable = _readable_paths() + readable
         self._uids = _unused_uids()
         self._owner = (os.getuid(), os.getgid())
@@ -58,6 +59,7 @@ class Jail:
         self._try("ipc namespace", lambda: kernel.unshare(kernel.NEWIPC, "unshare ipc"))
         self._try("pid namespace", _probe_pid_namespace, only_probe=True)
         self._try("private root", self._build_root)
+        self._try("system call filter", _filter_calls, only_probe=True)
         try:
             self._landlock = kernel.landlock_version()
         except OSError as error:
@@ -90,7 +92,7 @@ class Jail:
 
     def _enter_user_namespace(self) -> None:
         kernel.unshare(kernel.NEWUSER, "unshare user")
-        kernel.map_ids(self._proc, 0, *self._owner)
+        kernel.map_ids(self.proc, 0, *self._owner)
 
     def _build_root(self) -> None:
         """A root that holds the interpreter's libraries and five devices, all read-only, and an empty /tmp."""
@@ -131,7 +133,7 @@ class Jail:
 
     def _write_if_allowed(self, name: str, text: str) -> None:
         with contextlib.suppress(OSError):
-            kernel.write_at(self._proc, name, text)
+            kernel.write_at(self.proc, name, text)
 
     def enter(self, slot: int, folder: str, *, memory_mb: int, cpu_s: int) -> None:
         """In the process that will run the code: lock the door and throw the key away."""
@@ -139,7 +141,7 @@ class Jail:
         if self._nested_users:
             outer = os.getuid(), os.getgid()
             kernel.unshare(kernel.NEWUSER, "unshare user")
-            kernel.map_ids(self._proc, _FIRST_UID, *outer)
+            kernel.map_ids(self.proc, _FIRST_UID, *outer)
         if self.has_root:
             # A process with another root than its namespace's cannot make user namespaces, and so gain capabilities.
             os.chroot(_JAIL)
@@ -150,6 +152,7 @@ class Jail:
             (resource.RLIMIT_NPROC, _PROCESSES if self._has_identity else 0),
             (resource.RLIMIT_NOFILE, _OPEN_FILES),
             (resource.RLIMIT_FSIZE, _FILE_BYTES),
+            (resource.RLIMIT_SIGPENDING, _SIGNALS),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_MSGQUEUE, 0),
             (resource.RLIMIT_MEMLOCK, 0),
@@ -162,6 +165,8 @@ class Jail:
         if self._landlock:
             readable = ["/"] if self.has_root else self._readable
             kernel.landlock(self._landlock, readable, DEVICES, [folder])
+        if "system call filter" not in self.missing:
+            syscalls.refuse_calls()
 
 
 def _bind(source: str, target: str, *, devices: bool = False) -> None:
@@ -204,6 +209,11 @@ def _probe_pid_namespace() -> None:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
+
+
+def _filter_calls() -> None:
+    kernel.no_new_privileges()
+    syscalls.refuse_calls()
 
 
 def _refusal(act: Callable[[], None]) -> str | None:

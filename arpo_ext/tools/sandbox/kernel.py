@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import select
+import signal
 import struct
 
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWUTS = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x4000000
@@ -53,18 +54,23 @@ def die_with_parent(parent: int) -> None:
     The parent must be single-threaded: the kernel sends the signal when the creating thread ends. A change of the
     user id takes the wish back.
     """
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl PR_SET_PDEATHSIG")
+    prctl(_PR_SET_PDEATHSIG, "prctl PR_SET_PDEATHSIG", signal.SIGKILL)
     if select.select([parent], [], [], 0)[0]:
         os._exit(1)
 
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, so that none is lost."""
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl PR_SET_CHILD_SUBREAPER")
+    prctl(_PR_SET_CHILD_SUBREAPER, "prctl PR_SET_CHILD_SUBREAPER", 1)
+
+
+def prctl(option: int, what: str, *args: object) -> None:
+    wide = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
+    _check(_libc.prctl(option, *wide, *[ctypes.c_ulong(0)] * (4 - len(wide))), what)
 
 
 def no_new_privileges() -> None:
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl PR_SET_NO_NEW_PRIVS")
+    prctl(_PR_SET_NO_NEW_PRIVS, "prctl PR_SET_NO_NEW_PRIVS", 1)
 
 
 def drop_capabilities() -> None:

@@ -21,8 +21,12 @@ import time
 
 from . import kernel, snippet
 from .jail import Jail
+from .usage import MemoryWatch
 
 _CHUNK = 1 << 16
+# How often the memory of all processes of a call is added up, and how much more than one of them they may hold.
+_WATCH_S = 0.1
+_MEMORY_FACTOR = 2
 
 
 def main(package_parent: str, control_fd: str, parent_pid: str, packages: str) -> None:
@@ -92,11 +96,12 @@ def _supervise(call: socket.socket, request: dict, jail: Jail) -> dict:
     os.close(out[1])
     os.close(err[1])
     outputs = {out[0]: _Output(request["output_bytes"]), err[0]: _Output(request["output_bytes"])}
-    timed_out, status = _watch(call, leader, outputs, request["timeout_s"], jail)
+    memory_bytes = _MEMORY_FACTOR * request["memory_mb"] << 20
+    fault, status = _watch(call, leader, outputs, request["timeout_s"], memory_bytes, jail)
     if not jail.has_root:
         shutil.rmtree(folder, ignore_errors=True)
     return {
-        "timed_out": timed_out,
+        "fault": fault,
         "status": status,
         "out": outputs[out[0]].text(),
         "err": outputs[err[0]].text(),
@@ -144,27 +149,36 @@ def _run_code(request: dict, jail: Jail, folder: str, out: int, err: int, superv
 
 
 def _watch(
-    call: socket.socket, leader: int, outputs: dict[int, "_Output"], timeout_s: float, jail: Jail
-) -> tuple[bool, int]:
-    """Collect output until the leader ends, the time is over or the caller hangs up. (timed out, exit status)."""
+    call: socket.socket, leader: int, outputs: dict[int, "_Output"], timeout_s: float, memory_bytes: int, jail: Jail
+) -> tuple[str | None, int]:
+    """Collect output until the leader ends, a limit is reached or the caller hangs up.
+
+    ("time" or "memory" if that is why the call was ended, exit status).
+    """
     deadline = time.monotonic() + timeout_s
+    memory = MemoryWatch(jail.proc)
     end = os.pidfd_open(leader)
     poller = select.poll()
     for fd in (end, call.fileno(), *outputs):
         poller.register(fd, select.POLLIN)
-    waiting = True
-    timed_out = False
+    fault, waiting = None, True
+    look = time.monotonic() + _WATCH_S
     while waiting:
-        ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        timed_out = not ready or time.monotonic() >= deadline
-        for fd, _ in ready:
+        for fd, _ in poller.poll(max(0.0, min(deadline, look) - time.monotonic()) * 1000):
             if fd in outputs:
                 if not outputs[fd].read(fd):
                     poller.unregister(fd)
             else:
                 # Either the leader has ended, or the caller, who sends nothing more, has hung up.
                 waiting = False
-        waiting = waiting and not timed_out
+        now = time.monotonic()
+        if now >= look:
+            look = now + _WATCH_S
+            if memory.total_bytes() > memory_bytes:
+                fault = "memory"
+        if now >= deadline:
+            fault = fault or "time"
+        waiting = waiting and fault is None
     ended = select.select([end], [], [], 0)[0]
     os.kill(leader, signal.SIGKILL)
     status = _exit_status(os.waitpid(leader, 0)[1])
@@ -173,7 +187,7 @@ def _watch(
     for fd, output in outputs.items():
         while output.read(fd):
             pass
-    return timed_out and not ended, status
+    return None if ended else fault, status
 
 
 def _end_orphans() -> None:
