@@ -2,22 +2,19 @@
 
 import itertools
 import math
-from concurrent.futures import Future
 
 import pytest
+from recorded import ANSWER, CALL, RESULT, VOCAB, decisions
 from test_branch_points import naive_draw
 
 from arpo_ext.config import RolloutConfig
 from arpo_ext.errors import SamplerError
 from arpo_ext.render import Renderer
-from arpo_ext.rollout import Completion, check_tree, collect
+from arpo_ext.rollout import Completion
 from arpo_ext.rollout.branching import Brancher, Window, draw_seed, path_key
-from arpo_ext.types import Prompt, StopReason, ToolResult
+from arpo_ext.types import StopReason
 
 FAULTS = ("stale_baseline", "own_baseline", "window_before_call", "top_logprobs_sum")
-VOCAB = 113
-CALL, ANSWER = "<search>mass of</search>", "<answer>7</answer><eos>"
-RESULT = 9  # <result>, which the tool's answer opens with
 FIRST = path_key((0,))
 
 
@@ -30,76 +27,6 @@ def _config(*repaired, **values):
     defaults = {"paths": 32, "initial_paths": 1, "probe_tokens": 4, "max_tool_calls": 4, "max_response_tokens": 400}
     faults = dict.fromkeys(repaired, False)
     return RolloutConfig(**{**defaults, "policy": "reference", "reference": faults, **values})
-
-
-class RecordedSampler:
-    """`turn(request)` gives a text and, alike for all its tokens, the exact entropy and the top logprobs."""
-
-    vocab_size, max_model_len = VOCAB, 4096
-
-    def __init__(self, renderer, turn):
-        self.renderer, self.turn, self.open = renderer, turn, []
-
-    @property
-    def num_unfinished(self):
-        return len(self.open)
-
-    def submit(self, request):
-        self.open.append(request)
-
-    def step(self):
-        events = [self._complete(request) for request in self.open]
-        self.open = []
-        return events
-
-    def _complete(self, request):
-        text, entropy, top = self.turn(request)
-        tokens = tuple(self.renderer.tokenizer.encode(text, add_special_tokens=False))
-        reason = StopReason.TOOL if text == CALL else StopReason.EOS
-        rows = (top[: request.top_logprobs],) * min(len(tokens), request.probe_tokens) if request.top_logprobs else ()
-        return Completion(request.id, tokens, (-0.1,) * len(tokens), (entropy,) * len(tokens), reason, rows)
-
-    def abort(self, id):
-        pass
-
-    def reset_prefix_cache(self):
-        pass
-
-
-class Tools:
-    def submit(self, call):
-        future = Future()
-        future.set_result(ToolResult(call.name, "7", True))
-        return future
-
-
-def _decisions(monkeypatch, renderer, turn, config, *, prompts=1, seed=3, baselines=None):
-    """{(tree, key, turn): (window, baseline, children)} of every decision of one collect call, and its trees."""
-    taken = {}
-    decide = Brancher.decide
-
-    def spy(self, windows, room):
-        branches = decide(self, windows, room)
-        for window, branch in zip(windows, branches, strict=True):
-            place = window.tree, window.key, window.turn
-            assert place not in taken
-            taken[place] = (window.entropy, window.root, branch.children)
-        return branches
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Brancher, "decide", spy)
-        collected = collect(
-            [Prompt(str(i), ({"role": "user", "content": "mass"},), ()) for i in range(prompts)],
-            sampler=RecordedSampler(renderer, turn),
-            tools=Tools(),
-            renderer=renderer,
-            config=config,
-            seed=seed,
-            baselines=baselines,
-        )
-    for tree in collected.trees:
-        check_tree(tree, config.paths, config.initial_paths, probe_tokens=config.probe_tokens)
-    return taken, collected.trees
 
 
 def _spread(entropy_sum):
@@ -184,8 +111,8 @@ def test_every_sibling_has_a_coin_of_its_own():
 def test_the_window_is_that_before_the_call(monkeypatch, renderer):
     config = {"paths": 1, "base": -1.0}
     turn = _scripted(0.2, 0.6, 0.9)
-    published, _ = _decisions(monkeypatch, renderer, turn, _config(**config))
-    repaired, _ = _decisions(monkeypatch, renderer, turn, _config("window_before_call", **config))
+    published = decisions(monkeypatch, renderer, turn, _config(**config)).taken
+    repaired = decisions(monkeypatch, renderer, turn, _config("window_before_call", **config)).taken
     # At the first call the published code compares a window with itself.
     assert published == {(0, FIRST, 1): _approx(0.2, 0.2, 0), (0, FIRST, 2): _approx(0.6, 0.2, 0)}
     assert repaired == {(0, FIRST, 1): _approx(0.6, 0.2, 0), (0, FIRST, 2): _approx(0.9, 0.2, 0)}
@@ -193,10 +120,11 @@ def test_the_window_is_that_before_the_call(monkeypatch, renderer):
 
 def test_a_fork_is_compared_with_its_own_first_window(monkeypatch, renderer):
     turn, fork = _scripted(0.2, 0.6, 0.9), path_key((0, 1, 0))
-    published, (tree,) = _decisions(monkeypatch, renderer, turn, _config(base=1.0))
+    call = decisions(monkeypatch, renderer, turn, _config(base=1.0))
+    published, (tree,) = call.taken, call.trees
     assert published[0, FIRST, 1] == _approx(0.2, 0.2, 1)
     assert published[0, fork, 2] == _approx(0.6, 0.6, 1)
-    repaired, _ = _decisions(monkeypatch, renderer, turn, _config("own_baseline", base=1.0))
+    repaired = decisions(monkeypatch, renderer, turn, _config("own_baseline", base=1.0)).taken
     assert repaired[0, fork, 2] == _approx(0.6, 0.2, 1)
     # Two forks at the first result and at each second one, one sibling each.
     assert tree.counts["forks"] == 3
@@ -207,20 +135,20 @@ def test_a_fork_is_compared_with_its_own_first_window(monkeypatch, renderer):
 def test_baselines_are_those_of_an_earlier_batch(monkeypatch, renderer):
     early, late = _scripted(0.2, 0.6, 0.9), _scripted(0.5, 0.7, 0.8)
     config, memory = {"paths": 1, "base": -1.0}, {}
-    _decisions(monkeypatch, renderer, early, _config(**config), baselines=memory)
+    decisions(monkeypatch, renderer, early, _config(**config), baselines=memory)
     assert memory == {(0, 0): pytest.approx(0.2)}
-    published, _ = _decisions(monkeypatch, renderer, late, _config(**config), baselines=memory)
+    published = decisions(monkeypatch, renderer, late, _config(**config), baselines=memory).taken
     assert published == {(0, FIRST, 1): _approx(0.5, 0.2, 0), (0, FIRST, 2): _approx(0.7, 0.2, 0)}
-    first_batch, _ = _decisions(monkeypatch, renderer, late, _config(**config))
-    repaired, _ = _decisions(monkeypatch, renderer, late, _config("stale_baseline", **config), baselines=memory)
+    first_batch = decisions(monkeypatch, renderer, late, _config(**config)).taken
+    repaired = decisions(monkeypatch, renderer, late, _config("stale_baseline", **config), baselines=memory).taken
     assert first_batch == repaired == {(0, FIRST, 1): _approx(0.5, 0.5, 0), (0, FIRST, 2): _approx(0.7, 0.5, 0)}
 
 
 def test_windows_are_sums_over_ten_tokens_or_exact(monkeypatch, renderer):
     config, turn = {"paths": 1, "base": -1.0}, _scripted(0.2, 0.6)
-    published, _ = _decisions(monkeypatch, renderer, turn, _config("window_before_call", **config))
+    published = decisions(monkeypatch, renderer, turn, _config("window_before_call", **config)).taken
     assert published == {(0, FIRST, 1): _approx(0.6, 0.2, 0)}
-    exact, _ = _decisions(monkeypatch, renderer, turn, _config("window_before_call", "top_logprobs_sum", **config))
+    exact = decisions(monkeypatch, renderer, turn, _config("window_before_call", "top_logprobs_sum", **config)).taken
     assert exact == {(0, FIRST, 1): _approx(0.25 / math.log(VOCAB), 0.25 / math.log(VOCAB), 0)}
 
 
@@ -235,16 +163,18 @@ def test_every_mixture_of_faults_decides_as_a_walk_through_the_paths(monkeypatch
     memory, expected_memory = {}, {}
     for batch, seed in enumerate((11, 12, 13)):
         world = _World(seed)
-        taken, trees = _decisions(monkeypatch, renderer, world.turn, config, prompts=2, seed=seed, baselines=memory)
+        call = decisions(monkeypatch, renderer, world.turn, config, prompts=2, seed=seed, baselines=memory)
         expected = {}
         for tree, initial in itertools.product(range(2), range(2)):
             _walk(world, set(FAULTS) - set(repaired), expected_memory, tree, (initial,), 0, None, expected)
-        assert all(tree.counts["forks"] < 50 for tree in trees)
+        assert all(tree.counts["forks"] < 50 for tree in call.trees)
         fresh = {path_key((ordinal,)) for ordinal in range(2, 64)}
-        assert all(place[1] in fresh and not decided[2] for place, decided in taken.items() if place not in expected)
-        assert {place: taken[place] for place in expected} == {place: _approx(*e) for place, e in expected.items()}, (
-            batch
+        assert all(
+            place[1] in fresh and not decided[2] for place, decided in call.taken.items() if place not in expected
         )
+        assert {place: call.taken[place] for place in expected} == {
+            place: _approx(*e) for place, e in expected.items()
+        }, batch
         assert len({decided[2] for decided in expected.values()}) == 2
 
 

@@ -37,7 +37,7 @@ _TOP_LOGPROBS = 10
 class Window:
     """A path that asks. tree: position of its prompt. entropy: normalised; root: that of the path's first window.
 
-    streak: how many of its last decisions in a row were positive.
+    streak: how many of its last decisions in a row wished for children.
     """
 
     tree: int
@@ -83,6 +83,8 @@ class Brancher:
         self._baselines = ({} if baselines is None else baselines) if faults and faults.stale_baseline else None
         self.vocab_size = vocab_size
         self.seed = seed
+        # As the op rounds it.
+        self._threshold = torch.tensor(config.threshold, dtype=torch.float32).item()
         self._sum = 0.0
         self._count = 0
         if config.policy == "paper" and config.base == config.threshold:
@@ -139,6 +141,13 @@ class Brancher:
             )
             for first, window in zip(range(0, len(asked), coins), windows, strict=True)
         ]
+
+    def streak(self, before: int, branch: Branch | None) -> int:
+        """Decisions in a row that wished for children, given how many came before this one.
+
+        Whether there was room for them does not count: room depends on the other paths and on what ended first.
+        """
+        return before + 1 if branch is not None and branch.score > self._threshold else 0
 
     def _points(
         self, asked: Sequence[tuple[Window, float]], keys: Sequence[int], room: Sequence[int], width: int

@@ -226,7 +226,7 @@ class _Run:
         room = [self.config.paths - tree.started for tree in self.trees]
         for path, branch in zip(asking, self.brancher.decide(windows, room), strict=True):
             path.asked, path.branch = True, branch
-            path.streak = path.streak + 1 if branch and branch.children else 0
+            path.streak = self.brancher.streak(path.streak, branch)
             for ordinal in range(branch.children if branch else 0):
                 self.trees[path.tree].started += 1
                 sibling = path.sibling(ordinal)

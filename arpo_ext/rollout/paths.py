@@ -21,8 +21,8 @@ class OpenPath:
     root: normalised entropy of its first window, a branch has that of the path it left.
     window: normalised entropy of its last window. asked: the branch decision of the running window is taken or not
     wanted. probe_entropy, branch: of that window.
-    streak: positive decisions in a row. monitored: normalised entropies of its windows, for a path that only measures
-    and never forks; else None.
+    streak: decisions in a row that wished for children. monitored: normalised entropies of its windows, for a path that
+    only measures and never forks; else None.
     """
 
     tree: int
