@@ -517,9 +517,9 @@ void bind_group_advantages(py::module_& m) {
 }
 
 // Addresses in the order of PolicyTokens, then group, parent, leaf_segment, leaf_weight and, on the kernel's device, the
-// numbers normalizer, kl_coef and entropy_coef; 0 where there is none. `numbers` holds those given as such, then
-// clip_low, clip_high, dual_clip, tau_positive and tau_negative.
-PolicyLoss policy_loss_call(const std::array<Address, 14>& addresses, const std::array<double, 8>& numbers,
+// numbers normalizer, kl_coef and entropy_coef, and the five of the clip together; 0 where there is none. `numbers` holds
+// those given as such, then clip_low, clip_high, dual_clip, tau_positive and tau_negative.
+PolicyLoss policy_loss_call(const std::array<Address, 15>& addresses, const std::array<double, 8>& numbers,
                             std::int64_t count, bool pairs, int level_code, bool wide, std::int64_t groups,
                             bool mean_gradient, std::int64_t leaves, int clip, int kl) {
     ARPO_CHECK(level_code >= 0 && level_code <= static_cast<int>(PolicyLevel::path), "level code must be 0 to 2, got ",
@@ -545,7 +545,7 @@ PolicyLoss policy_loss_call(const std::array<Address, 14>& addresses, const std:
             pairs,
             shared,
             {static_cast<PolicyClip>(clip), numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
-             static_cast<PolicyKl>(kl), number(0), number(1), number(2)}};
+             at<const double>(addresses[14]), static_cast<PolicyKl>(kl), number(0), number(1), number(2)}};
 }
 
 // What only a device where memory can be read here allows.

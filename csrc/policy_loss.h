@@ -75,6 +75,7 @@ struct PolicyRule {
     double dual_clip;  // inf: none
     double tau_positive;
     double tau_negative;
+    const double* clip_numbers;  // null, or on the kernel's device the five before, which then count
     PolicyKl kl;
     PolicyNumber normalizer;
     PolicyNumber kl_coef;

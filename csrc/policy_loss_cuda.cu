@@ -14,7 +14,8 @@ namespace arpo {
 namespace {
 
 __global__ void __launch_bounds__(kThreads)
-    tokens_kernel(PolicyLoss loss, Bounds rule, PolicyLossOutputs out, Workspace workspace, bool aligned) {
+    tokens_kernel(PolicyLoss loss, PolicyLossOutputs out, Workspace workspace, bool aligned) {
+    const Bounds rule = bounds_of(loss.rule);
     const double normalizer = value_of(loss.rule.normalizer);
     const Scales scales = {static_cast<float>(-1.0 / normalizer),
                            static_cast<float>(value_of(loss.rule.kl_coef) / normalizer)};
@@ -95,7 +96,6 @@ int64_t policy_loss_workspace(const PolicyLoss& loss) { return workspace_of(loss
 
 void policy_loss_cuda(const PolicyLoss& loss, const PolicyLossOutputs& out, void* memory, int device, void* stream) {
     const Workspace workspace = workspace_of(loss, memory);
-    const Bounds rule = bounds_of(loss.rule);
     const PolicyGroups& shared = loss.groups;
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     const auto launched = [] { cuda::check(cudaGetLastError(), "policy_loss"); };
@@ -107,12 +107,12 @@ void policy_loss_cuda(const PolicyLoss& loss, const PolicyLossOutputs& out, void
         bounds_kernel<<<run_blocks, kThreads, 0, on>>>(loss, workspace);
         launched();
         if (blocks > 0) {
-            groups_kernel<<<blocks, group_threads(loss.count, shared.groups), 0, on>>>(loss, rule, workspace);
+            groups_kernel<<<blocks, group_threads(loss.count, shared.groups), 0, on>>>(loss, workspace);
             launched();
         }
         if (shared.level == PolicyLevel::path) {
             const unsigned leaf_blocks = workspace.columns - workspace.token_blocks;
-            leaves_kernel<<<leaf_blocks, kThreads, 0, on>>>(loss, rule, workspace);
+            leaves_kernel<<<leaf_blocks, kThreads, 0, on>>>(loss, workspace);
             launched();
         }
         if (shared.level == PolicyLevel::path && blocks > 0) {
@@ -121,7 +121,7 @@ void policy_loss_cuda(const PolicyLoss& loss, const PolicyLossOutputs& out, void
         }
     }
     const unsigned blocks = workspace.token_blocks;
-    tokens_kernel<<<blocks, kThreads, 0, on>>>(loss, rule, out, workspace, all_aligned(loss.tokens, out));
+    tokens_kernel<<<blocks, kThreads, 0, on>>>(loss, out, workspace, all_aligned(loss.tokens, out));
     launched();
     finish_kernel<<<1, kThreads, 0, on>>>(loss.rule, out, workspace);
     launched();

@@ -93,7 +93,8 @@ __device__ double block_total(double value, double* parts) {
 }
 
 // One block per group, whatever its size: threads take its tokens in turn.
-__global__ void __launch_bounds__(1024) groups_kernel(PolicyLoss loss, Bounds rule, Workspace workspace) {
+__global__ void __launch_bounds__(1024) groups_kernel(PolicyLoss loss, Workspace workspace) {
+    const Bounds rule = bounds_of(loss.rule);
     __shared__ double parts[cuda::kWarp];
     const PolicyGroups& shared = loss.groups;
     const PolicyTokens& in = loss.tokens;
@@ -149,7 +150,8 @@ __device__ int64_t segment_above(const PolicyGroups& tree, int64_t s, unsigned l
 }
 
 // Each leaf's ratio over its path, its share of the sums, and the slope of each of its tokens.
-__global__ void __launch_bounds__(kThreads) leaves_kernel(PolicyLoss loss, Bounds rule, Workspace workspace) {
+__global__ void __launch_bounds__(kThreads) leaves_kernel(PolicyLoss loss, Workspace workspace) {
+    const Bounds rule = bounds_of(loss.rule);
     const PolicyGroups& tree = loss.groups;
     double sums[kRows] = {};
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;

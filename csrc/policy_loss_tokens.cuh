@@ -33,13 +33,15 @@ struct Bounds {
     float low, high, dual, tau_positive, tau_negative;
 };
 
-Bounds bounds_of(const PolicyRule& rule) {
+__device__ Bounds bounds_of(const PolicyRule& rule) {
+    const double* given = rule.clip_numbers;
+    const auto number = [&](int i, double value) { return given ? given[i] : value; };
     return {rule.clip,
-            static_cast<float>(1.0 - rule.clip_low),
-            static_cast<float>(1.0 + rule.clip_high),
-            static_cast<float>(rule.dual_clip),
-            static_cast<float>(rule.tau_positive),
-            static_cast<float>(rule.tau_negative)};
+            static_cast<float>(1.0 - number(0, rule.clip_low)),
+            static_cast<float>(1.0 + number(1, rule.clip_high)),
+            static_cast<float>(number(2, rule.dual_clip)),
+            static_cast<float>(number(3, rule.tau_positive)),
+            static_cast<float>(number(4, rule.tau_negative))};
 }
 
 __device__ double value_of(const PolicyNumber& number) { return number.address ? *number.address : number.value; }

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from backends import counting
 from policy_loss_cases import FAST, device_of, made_tokens, run
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,3 +165,52 @@ def test_the_reference_of_the_loss_has_a_forward_mode():
         lambda x: ops.policy_loss(x, *tokens[1:], normalizer=1.0, backend="reference")[0], (logprob,), (direction,)
     )
     torch.testing.assert_close(tangent, run(tokens, "reference", normalizer=1.0)[1] @ direction)
+
+
+SCHEDULED = {
+    "ppo": {"clip_low": 0.1, "clip_high": 0.2, "normalizer": 3.0},
+    "packed": {"clip": "dual", "dual_clip": 2.0, "clip_low": 0.1, "normalizer": 5, "kl": "k3", "kl_coef": 0.2},
+    "turn": {"clip": "gppo", "clip_high": 0.3, "normalizer": 2.0, "entropy_coef": 0.1},
+    "sapo": {"clip": "sapo", "tau_positive": 0.5, "tau_negative": 2.0, "normalizer": 4.0},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", SCHEDULED)
+def test_a_new_number_compiles_nothing_anew(backend, form):
+    """A number is a constant of the first graph and an input of the second, which serves all others."""
+    torch._dynamo.reset()
+    graphs, compiler = counting("aot_eager")
+    tokens = few(backend)
+    index = torch.arange(30, device=tokens[1].device) // 5
+    given = {"ref_logprob": tokens[1] * 0.9} if "kl" in SCHEDULED[form] else {}
+    given |= {"entropy": tokens[1].abs()} if form == "turn" else {}
+    given |= {"ratio": "turn", "segment": index, "groups": 6} if form == "turn" else {}
+    if form == "packed":
+        parent, leaf_segment = torch.tensor([-1, 0, 0, 1, 1, 2]), torch.tensor([3, 4, 5])
+        given |= {"ratio": "sequence", "segment": index, "parent": parent, "leaf_segment": leaf_segment}
+        given = {name: value.to(index.device) if torch.is_tensor(value) else value for name, value in given.items()}
+        tokens = (*tokens[:2], tokens[2][:3], tokens[3])
+
+    def step(logprob, numbers):
+        loss, sums = ops.policy_loss(logprob * 1.0, *tokens[1:], **numbers, **given, backend=backend)
+        return loss + 0.0 * logprob.sum(), sums.clipped + sums.dual_clipped
+
+    wrapped = torch.compile(step, backend=compiler, fullgraph=True)
+    for change in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.1, 2.2):
+        numbers = {n: value * change if type(value) is float else value for n, value in SCHEDULED[form].items()}
+        numbers["normalizer"] = numbers["normalizer"] if form != "packed" else int(10 * change)
+        leaves = [tokens[0].detach().clone().requires_grad_() for _ in range(2)]
+        results = [call(leaf, numbers) for call, leaf in zip((wrapped, step), leaves, strict=True)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(r[0], x)[0] for r, x in zip(results, leaves, strict=True)))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("numbers", [{"normalizer": -1.0}, {"normalizer": 1.0, "clip_low": 1.5}])
+def test_a_wrong_number_is_named_while_compiling_too(numbers):
+    with pytest.raises(
+        ValueError, match=r"got (normalizer -1\.0; expected a number above 0|clip_low 1\.5; expected 0)"
+    ):
+        torch._dynamo.reset()
+        torch.compile(ops.policy_loss, backend="eager")(*few("cpu"), **numbers)

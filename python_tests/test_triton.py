@@ -83,7 +83,7 @@ POINTERS |= dict.fromkeys(
 OF_TOKENS = ("old_logprob", "advantage", "weight", "ref_logprob", "importance", "ratios", "leaf_weight")
 POLICY_POINTERS = dict.fromkeys((*OF_TOKENS, "loss_out", "gradient_out", "entropy_gradient_out"), "fp32")
 POLICY_POINTERS |= dict.fromkeys(("normalizer_tensor", "kl_coef_tensor", "entropy_coef_tensor", "partials"), "fp64")
-POLICY_POINTERS |= dict.fromkeys(("segments", "leaf_slope", "sums_out"), "fp64")
+POLICY_POINTERS |= dict.fromkeys(("segments", "leaf_slope", "sums_out", "clip_numbers"), "fp64")
 POLICY_POINTERS |= {"group": "i64", "bounds": "i64", "misplaced": "i32", "leaf_segment": "i64", "parent": "i64"}
 NUMBERS = dict.fromkeys(("temperature", "temperature_rest", "softcap"), "fp32")
 NUMBERS |= dict.fromkeys(("normalizer", "kl_coef", "entropy_coef", "low", "high", "dual"), "fp32")
@@ -213,7 +213,7 @@ def test_the_policy_loss_compiles_without_spills_and_with_16_byte_accesses(capab
         return made
 
     form = {"CLIP": clip, "PAIRS": False, "MEAN_GRADIENT": True}
-    optional = ("entropy", "ref_logprob", "importance", "group", "ratios", "entropy_gradient_out")
+    optional = ("entropy", "ref_logprob", "importance", "group", "ratios", "entropy_gradient_out", "clip_numbers")
     of_token = form | {"PACKED": False, "FULL": True, "BLOCK": tokens._BLOCK}
     usual = binary(tokens.tokens_kernel, optional, KL=0, **of_token)
     packs = tokens._BLOCK // (4 * 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ _KLS = ("k1", "k2", "k3")
 class PolicyLossCall(NamedTuple):
     """Checked arguments in the order of the op's schema, which is made from these annotations.
 
-    group: the segments or rows. Of a number that may be a tensor, `<name>_tensor` counts if it is there.
+    group: the segments or rows. Of a number that may be a tensor, `<name>_tensor` counts if it is there, and
+    `clip_numbers` [5] float64 counts instead of the five from clip_low to tau_negative (dual_clip inf: none).
     """
 
     logprob: Tensor
@@ -33,6 +35,7 @@ class PolicyLossCall(NamedTuple):
     normalizer_tensor: Tensor | None
     kl_coef_tensor: Tensor | None
     entropy_coef_tensor: Tensor | None
+    clip_numbers: Tensor | None
     normalizer: float
     kl_coef: float
     entropy_coef: float
@@ -110,10 +113,16 @@ def checked_call(
             _like(logprob, name, tensor)
     if importance is not None and parent is not None:
         raise ValueError("policy_loss: got importance with parent; expected it inside leaf_weight")
-    numbers = (("normalizer", normalizer), ("kl_coef", kl_coef), ("entropy_coef", entropy_coef))
-    tensors = [_number_tensor(logprob, name, number) for name, number in numbers]
-    if tensors[0] is None and not normalizer > 0:
+    numbers = {"normalizer": normalizer, "kl_coef": kl_coef, "entropy_coef": entropy_coef}
+    numbers = {name: _number(logprob, name, number) for name, number in numbers.items()}
+    if not isinstance(normalizer, Tensor) and not normalizer > 0:
         raise ValueError(f"policy_loss: got normalizer {normalizer}; expected a number above 0")
+    bounds = [clip_low, clip_high, dual_clip, tau_positive, tau_negative]
+    clip_numbers = None
+    if torch.compiler.is_compiling():
+        tensors = _as_inputs(logprob, [*numbers.values(), *(torch.inf if n is None else n for n in bounds)])
+        numbers, clip_numbers = dict(zip(numbers, tensors[:3].unbind(), strict=True)), tensors[3:]
+        bounds = [None if number is None else 1.0 for number in bounds]
     return PolicyLossCall(
         logprob,
         old_logprob,
@@ -126,17 +135,14 @@ def checked_call(
         parent,
         leaf_segment,
         leaf_weight,
-        *tensors,
-        *(float(number) if tensor is None else 1.0 for (_, number), tensor in zip(numbers, tensors, strict=True)),
+        *(number if isinstance(number, Tensor) else None for number in numbers.values()),
+        clip_numbers,
+        *(1.0 if isinstance(number, Tensor) else float(number) for number in numbers.values()),
         ratio,
         ratio_gradient,
         groups,
         clip,
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
-        float(tau_positive),
-        float(tau_negative),
+        *(None if number is None else float(number) for number in bounds),
         kl,
     )
 
@@ -239,9 +245,9 @@ def _check_groups(
         raise ValueError(f"policy_loss: got groups {groups}; expected at least 1, or None")
 
 
-def _number_tensor(logprob: Tensor, name: str, number: float | Tensor) -> Tensor | None:
+def _number(logprob: Tensor, name: str, number: float | Tensor) -> float | Tensor:
     if not isinstance(number, Tensor):
-        return None
+        return number
     if number.ndim != 0:
         raise ValueError(f"policy_loss: got {name} of shape {list(number.shape)}; expected a 0-d tensor")
     if number.device.type != "cpu" and number.device != logprob.device:
@@ -249,3 +255,14 @@ def _number_tensor(logprob: Tensor, name: str, number: float | Tensor) -> Tensor
             f"policy_loss: got {name} on {number.device}; expected it on the CPU or on {logprob.device}, as logprob"
         )
     return number.detach() if number.requires_grad else number
+
+
+def _as_inputs(logprob: Tensor, numbers: Sequence[float | Tensor]) -> Tensor:
+    """The numbers as a float64 tensor on logprob's device, made by the graph that is being traced.
+
+    A number given to an op is part of the graph, so that every new one would compile another graph, and hit the limit
+    of them. So is one that fills a tensor; a product keeps it an input. On a GPU a kernel reads it, so that replaying a
+    captured graph takes the numbers of the day.
+    """
+    one = logprob.new_ones((), dtype=torch.float64)
+    return torch.stack([number.to(one) if isinstance(number, Tensor) else one * number for number in numbers])

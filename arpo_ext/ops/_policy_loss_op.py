@@ -31,20 +31,33 @@ def _results(call: PolicyLossCall, want_gradient: bool, want_entropy_gradient: b
     return new(()), new(SUMS, dtype=torch.float64), gradient, entropy_gradient
 
 
+# (place among a call's tensors, the first of the numbers that it holds)
+_NUMBER_SLOTS = [
+    (PolicyLossCall._fields.index(name), first)
+    for name, first in (
+        ("normalizer_tensor", 0),
+        ("kl_coef_tensor", 1),
+        ("entropy_coef_tensor", 2),
+        ("clip_numbers", 3),
+    )
+]
+
+
 def native_call(call: PolicyLossCall) -> tuple[object, list[Tensor | None]]:
     """The native description of a call, and the tensors that must outlive it."""
     kept = [tensor if tensor is None else tensor.contiguous() for tensor in call[:TENSORS]]
-    numbers = [call.normalizer, call.kl_coef, call.entropy_coef]
-    for i, tensor in enumerate(kept[-3:]):
+    numbers = [call.normalizer, call.kl_coef, call.entropy_coef, call.clip_low, call.clip_high]
+    numbers += [torch.inf if call.dual_clip is None else call.dual_clip, call.tau_positive, call.tau_negative]
+    for slot, first in _NUMBER_SLOTS:
         # A number in the host's memory is read here; one on the device is read by the kernel.
-        if tensor is not None and tensor.device.type == "cpu":
-            numbers[i], kept[i - 3] = tensor.item(), None
+        tensor = kept[slot]
+        if tensor is not None and _native.device_kind(tensor) == "cpu":
+            numbers[first : first + tensor.numel()], kept[slot] = tensor.reshape(-1).tolist(), None
         elif tensor is not None:
-            kept[i - 3] = tensor.to(torch.float64)
-    dual_clip = torch.inf if call.dual_clip is None else call.dual_clip
+            kept[slot] = tensor.to(torch.float64)
     native = _native.C.PolicyLoss(
         [0 if tensor is None else tensor.data_ptr() for tensor in kept],
-        [*numbers, call.clip_low, call.clip_high, dual_clip, call.tau_positive, call.tau_negative],
+        numbers,
         call.logprob.shape[0],
         call.advantage.ndim == 2,
         0 if call.ratio == "token" else 1 if call.parent is None else 2,
@@ -259,6 +272,11 @@ def _run_reference(call: PolicyLossCall) -> tuple[Tensor, Tensor]:
         tensor = arguments.pop(f"{name}_tensor")
         if tensor is not None:
             arguments[name] = tensor.to(call.logprob.device)
+    clip_numbers = arguments.pop("clip_numbers")
+    if clip_numbers is not None:
+        names = ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative")
+        given = zip(names, clip_numbers.unbind(), strict=True)
+        arguments |= {name: number for name, number in given if arguments[name] is not None}
     loss, sums = reference.policy_loss(**arguments)
     return loss, sums.detach()
 

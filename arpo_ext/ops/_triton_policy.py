@@ -34,6 +34,18 @@ def number_of(tensor, number):
 
 
 @triton.jit
+def clip_numbers_of(numbers, low, high, dual, tau_positive, tau_negative):
+    """low, high, dual and both tau of a clip, as given or from the five numbers on the device, see PolicyLossCall."""
+    if numbers is not None:
+        low = (1.0 - tl.load(numbers)).to(tl.float32)
+        high = (1.0 + tl.load(numbers + 1)).to(tl.float32)
+        dual = tl.load(numbers + 2).to(tl.float32)
+        tau_positive = tl.load(numbers + 3).to(tl.float32)
+        tau_negative = tl.load(numbers + 4).to(tl.float32)
+    return low, high, dual, tau_positive, tau_negative
+
+
+@triton.jit
 def exponential(x):
     return exp_scaled(x, LOG2E, LOG2E_REST, True)
 
@@ -162,6 +174,7 @@ def groups_kernel(
     segments,
     ratios,
     normalizer_tensor,
+    clip_numbers,
     count: tl.int64,
     groups: tl.int64,
     normalizer: tl.float32,
@@ -179,6 +192,9 @@ def groups_kernel(
 
     Each group is read between its first and last token, in an order that depends on the tokens alone.
     """
+    low, high, dual, tau_positive, tau_negative = clip_numbers_of(
+        clip_numbers, low, high, dual, tau_positive, tau_negative
+    )
     g = tl.program_id(0).to(tl.int64)
     first = count - tl.load(bounds + 2 * g)
     end = tl.load(bounds + 2 * g + 1)
@@ -240,6 +256,7 @@ def leaves_kernel(
     misplaced,
     leaf_slope,
     partials,
+    clip_numbers,
     groups: tl.int64,
     leaves: tl.int64,
     columns: tl.int64,
@@ -253,6 +270,9 @@ def leaves_kernel(
     BLOCK: tl.constexpr,
 ):
     """BLOCK leaves of packed paths: the ratio over each path, its share of the sums, and the slope of its tokens."""
+    low, high, dual, tau_positive, tau_negative = clip_numbers_of(
+        clip_numbers, low, high, dual, tau_positive, tau_negative
+    )
     leaf = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     within = leaf < leaves
     s = tl.load(leaf_segment + leaf, mask=within, other=-1)

@@ -23,11 +23,11 @@ def policy_loss(
     leaf_segment: Tensor | None,
     leaf_weight: Tensor | None,
     clip: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    tau_positive: float,
-    tau_negative: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | Tensor | None,
+    tau_positive: float | Tensor,
+    tau_negative: float | Tensor,
     importance: Tensor | None,
     ref_logprob: Tensor | None,
     kl: str | None,
@@ -113,11 +113,11 @@ def _objective(
     used: Tensor,
     *,
     clip: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    tau_positive: float,
-    tau_negative: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | Tensor | None,
+    tau_positive: float | Tensor,
+    tau_negative: float | Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """What is maximised, per token or leaf, and the sums high, low, dual, ratio and largest ratio of the clip."""
     r = level.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -130,9 +130,9 @@ def _objective(
         above = below = r.detach().clamp(low, high) * logprob
     elif clip == "gppo":
         above = torch.where(r > high, high / r.detach() * r, r)
-        below = r.clamp(min=low, max=inf)
+        below = r.clamp(min=low).clamp(max=inf)
     elif clip in ("ppo", "dual"):
-        above, below = r.clamp(max=high), r.clamp(min=low, max=inf)
+        above, below = r.clamp(max=high), r.clamp(min=low).clamp(max=inf)
     else:
         raise ValueError(f"policy_loss: got clip {clip!r}; expected 'ppo', 'dual', 'gppo', 'cispo' or 'sapo'")
     with torch.no_grad():

@@ -25,6 +25,7 @@ from arpo_ext.ops._triton_policy import (
     ROWS,
     above_line,
     clip_counts,
+    clip_numbers_of,
     exponential,
     guarded,
     larger,
@@ -53,6 +54,7 @@ def tokens_kernel(
     normalizer_tensor,
     kl_coef_tensor,
     entropy_coef_tensor,
+    clip_numbers,
     gradient_out,
     entropy_gradient_out,
     partials,
@@ -88,7 +90,6 @@ def tokens_kernel(
     trained = w != 0.0
     own = tl.where(trained, tl.load(logprob + t, mask=within, other=0.0), 0.0)
     x = own - tl.where(trained, tl.load(old_logprob + t, mask=within, other=0.0), 0.0)
-    scale = number_of(normalizer_tensor, normalizer)
     part = partials + column
 
     if PACKED:
@@ -97,6 +98,9 @@ def tokens_kernel(
         gradient = tl.load(ratios + 5 * groups + tl.where(placed, at, 0), mask=placed, other=0.0)
         gradient = tl.where(trained & (placed == 0), float("nan"), gradient)
     else:
+        low, high, dual, tau_positive, tau_negative = clip_numbers_of(
+            clip_numbers, low, high, dual, tau_positive, tau_negative
+        )
         positive, negative = load_advantages(advantage, importance, t, within, trained, w, PAIRS)
         if group is not None:
             at = tl.load(group + t, mask=trained, other=0).to(tl.int64)
@@ -113,7 +117,9 @@ def tokens_kernel(
         objective = positive * above + negative * below
         if CLIP == CISPO:
             objective = objective * own
-        gradient = (positive * above_slope + negative * below_slope) * (-1.0 / scale).to(tl.float32)
+        gradient = (positive * above_slope + negative * below_slope) * (
+            -1.0 / number_of(normalizer_tensor, normalizer)
+        ).to(tl.float32)
         if (group is not None) and MEAN_GRADIENT and (CLIP != CISPO):
             gradient = tl.load(of_group + 5 * groups, mask=placed, other=float("nan"))
         over, under, far = clip_counts(r, w, positive, negative, low, high, dual, CLIP)
@@ -139,6 +145,7 @@ def tokens_kernel(
         tl.store(part + 12 * columns, tl.sum(w * d, 0).to(tl.float64))
         tl.store(part + 13 * columns, tl.sum(0.5 * w * d * d, 0).to(tl.float64))
         tl.store(part + 14 * columns, tl.sum(w * ref_k3, 0).to(tl.float64))
+        scale = number_of(normalizer_tensor, normalizer)
         kl_scale = (number_of(kl_coef_tensor, kl_coef) / scale).to(tl.float32)
         if KL == 1:
             gradient += kl_scale * w
@@ -153,6 +160,7 @@ def tokens_kernel(
     if gradient_out is not None:
         tl.store(gradient_out + t, tl.where(trained, gradient, 0.0), mask=within)
     if entropy_gradient_out is not None:
+        scale = number_of(normalizer_tensor, normalizer)
         entropy_scale = (-number_of(entropy_coef_tensor, entropy_coef) / scale).to(tl.float32)
         tl.store(entropy_gradient_out + t, tl.where(trained, entropy_scale * w, 0.0), mask=within)
 
