@@ -196,6 +196,18 @@ class RolloutConfig(_Section):
     temperature: PositiveFloat = 1.0
     max_tool_calls: int = Field(4, ge=0, description="per path")
     max_response_tokens: PositiveInt = Field(1024, description="per path, tool results included")
+    max_tree_tool_calls: int | None = Field(None, ge=0, description="per tree; a call shared by paths counts once")
+    max_tree_tokens: PositiveInt | None = Field(
+        None, description="per tree, tool results included; each path gets an even share of what is left as it starts"
+    )
+    max_open_requests: PositiveInt | None = Field(None, description="at the engine at a time; the rest waits in order")
+    max_open_calls: PositiveInt | None = Field(None, description="at the tools at a time; the rest waits in order")
+    path_timeout_s: PositiveFloat | None = Field(
+        None, description="from a path's first request on; a path that is late is cut and not trained"
+    )
+    collect_timeout_s: PositiveFloat | None = Field(
+        None, description="of one collect call; paths still open then are cut and not trained"
+    )
     entropies: Literal["probe", "all"] = Field("all", description="which sampled tokens keep their entropy in the tree")
     logit_bias: dict[str, float] = Field(default_factory=dict, description="token text -> bias added before sampling")
     deterministic: bool = True
@@ -205,6 +217,11 @@ class RolloutConfig(_Section):
         if self.initial_paths > self.paths:
             raise ValueError(
                 f"initial_paths (N) is {self.initial_paths} and paths (M) is {self.paths}; expected N <= M"
+            )
+        if self.max_tree_tokens is not None and self.max_tree_tokens < self.paths:
+            raise ValueError(
+                f"max_tree_tokens is {self.max_tree_tokens} and paths (M) is {self.paths}; "
+                "expected at least one token for each path"
             )
         if self.policy == "appo" and self.entropies != "all":
             raise ValueError(f"policy appo chooses among all tokens, got entropies {self.entropies!r}; expected 'all'")

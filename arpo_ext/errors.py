@@ -4,6 +4,8 @@ The command line turns every `ArpoError` into that sentence and exit code 2; any
 and keeps its traceback.
 """
 
+from typing import Any
+
 
 class ArpoError(Exception):
     """Base of the errors this package raises on purpose."""
@@ -31,6 +33,18 @@ class TransientToolError(ToolError):
 
 class SamplerError(ArpoError, RuntimeError):
     """The generation engine is not in a state that allows the request, such as a weight push with open requests."""
+
+
+class CollectError(SamplerError):
+    """The generation engine failed while trees were collected.
+
+    collected: what `rollout.collect` would have returned, the paths that were open cut as cancelled. Its complete trees
+    (`RolloutTree.is_complete`) let a later call go on with the rest.
+    """
+
+    def __init__(self, message: str, collected: Any) -> None:
+        super().__init__(message)
+        self.collected = collected
 
 
 class CheckpointError(ArpoError, RuntimeError):

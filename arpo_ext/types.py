@@ -16,11 +16,18 @@ TREE_FORMAT_VERSION = 1
 
 
 class StopReason(StrEnum):
-    """Why a sampled segment ended."""
+    """Why a sampled segment, or a path, ended."""
 
     TOOL = "tool"  # the closing tag of a tool call was sampled
     EOS = "eos"  # the model ended its answer
     LENGTH = "length"  # the path's token budget was used up
+    TIMEOUT = "timeout"  # forced: the path's time was over
+    CANCELLED = "cancelled"  # forced: the collection ended before the path did
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the path was cut from outside. What it holds is no answer of the model, so it is never trained."""
+        return self in (StopReason.TIMEOUT, StopReason.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Branch:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens with one origin: the prompt, one turn of the model, or one tool result.
+
+    A path that was cut from outside ends in a segment without tokens whose stop reason says so.
 
     parent: index of the parent segment, -1 for the root (the prompt); always smaller than the segment's own index.
     logprobs: natural-log probability of each sampled token at the sampling temperature; empty if not sampled.
@@ -155,6 +164,11 @@ class RolloutTree:
     def response_segments(self, leaf: Leaf) -> Iterator[Segment]:
         """The segments of a leaf's path after the prompt."""
         return (self.segments[index] for index in self.path(leaf.segment)[1:])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no path was cancelled. One whose own time was over has ended for good."""
+        return not any(leaf.end is StopReason.CANCELLED for leaf in self.leaves)
 
     @property
     def counts(self) -> dict[str, int]:

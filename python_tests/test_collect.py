@@ -4,85 +4,29 @@ import itertools
 import math
 import random
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripted import (
+    PROMPTS,
+    Pool,
+    ScriptedSampler,
+    check_trees,
+    collect_scripted,
+    one_call,
+    random_script,
+    rollout_config,
+    turns_read,
+    without_times,
+)
 
-from arpo_ext.config import RolloutConfig
-from arpo_ext.errors import DataError
+from arpo_ext.errors import CollectError, DataError
 from arpo_ext.render import Renderer
-from arpo_ext.rollout import Completion, Probe, check_tree, collect
+from arpo_ext.rollout import Completion, collect
 from arpo_ext.types import Prompt, StopReason, ToolResult
-
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "mass" + " of" * i},), ("1",)) for i in range(3)]
-
-
-class ScriptedSampler:
-    """One token of every open request a step. `script(request)` gives (text, entropies or None), cut to max_tokens."""
-
-    vocab_size = 113
-
-    def __init__(self, renderer, script, max_model_len=4096):
-        self.renderer, self.script, self.max_model_len = renderer, script, max_model_len
-        self.running, self.seen, self.steps, self.resets = {}, [], 0, 0
-        self.before_step = lambda: None
-
-    @property
-    def num_unfinished(self):
-        return len(self.running)
-
-    def submit(self, request):
-        assert request.id not in self.running
-        assert 0 < request.max_tokens <= self.max_model_len - len(request.tokens)
-        text, entropies = self.script(request)
-        tokens = self.renderer.tokenizer.encode(text, add_special_tokens=False)
-        reason = StopReason.TOOL if tokens[-1] in self.renderer.stop_token_ids else StopReason.EOS
-        if len(tokens) > request.max_tokens:
-            tokens, reason = tokens[: request.max_tokens], StopReason.LENGTH
-        entropies = tuple((entropies or [0.5]) * len(tokens))[: len(tokens)]
-        self.running[request.id] = (request, [], tuple(tokens), entropies, reason)
-        self.seen.append((request, tuple(tokens)))
-
-    def step(self):
-        self.before_step()
-        assert self.running
-        self.steps += 1
-        events = []
-        for id, (request, out, tokens, entropies, reason) in list(self.running.items()):
-            out.append(tokens[len(out)])
-            if len(out) == len(tokens):
-                del self.running[id]
-                events.append(Completion(id, tokens, (-0.1,) * len(tokens), entropies, reason))
-            elif len(out) == request.probe_tokens:
-                events.append(Probe(id, entropies[: len(out)]))
-        return events[::-1]
-
-    def abort(self, id):
-        self.running.pop(id, None)
-
-    def reset_prefix_cache(self):
-        self.resets += 1
-
-
-class Pool:
-    """Answers at once, or in threads after a delay."""
-
-    def __init__(self, answer=lambda call: ToolResult(call.name, f"{call.text} is 7", True), threads=None):
-        self.answer, self.threads, self.calls = answer, threads, []
-
-    def submit(self, call):
-        self.calls.append(call)
-        if self.threads is not None:
-            return self.threads.submit(self.answer, call)
-        future = Future()
-        future.set_result(self.answer(call))
-        return future
-
-    def wait(self, futures):
-        wait(futures, return_when=FIRST_COMPLETED)
 
 
 @pytest.fixture(scope="module")
@@ -90,61 +34,11 @@ def renderer(tag_tokenizer):
     return Renderer(tag_tokenizer, ["search", "python"])
 
 
-def _config(**values):
-    defaults = {"paths": 8, "initial_paths": 3, "probe_tokens": 4, "max_tool_calls": 3, "max_response_tokens": 200}
-    return RolloutConfig(**{**defaults, **values})
-
-
-def _collect(renderer, script, config, *, pool=None, prompts=PROMPTS, max_model_len=4096, seed=5, **more):
-    sampler = ScriptedSampler(renderer, script, max_model_len)
-    collected = collect(
-        prompts, sampler=sampler, tools=pool or Pool(), renderer=renderer, config=config, seed=seed, **more
-    )
-    assert not sampler.running
-    return collected, sampler
-
-
-def _check(trees, config):
-    initial = {"chain": config.paths, "aepo": 1}.get(config.policy, config.initial_paths)
-    for tree in trees:
-        check_tree(
-            tree,
-            config.paths,
-            initial,
-            max_tool_calls=config.max_tool_calls,
-            max_response_tokens=config.max_response_tokens,
-            probe_tokens=config.probe_tokens,
-        )
-
-
-def _turns(request):
-    """Tool results the model has read."""
-    return request.tokens.count(9)
-
-
-def _one_call(request):
-    """Search once, answer; more uncertain behind the result than at the start."""
-    return ("<answer>7</answer><eos>", [0.9]) if _turns(request) else ("<search>mass</search>", [0.1])
-
-
-def _random_script(request):
-    rng = random.Random(request.seed)
-    kind = rng.random()
-    text = "mass" * rng.randint(0, 6)
-    if kind < 0.55:
-        text += f"<search>{'of' * rng.randint(0, 3)}</search>"
-    elif kind < 0.62:
-        text += "</python>"
-    else:
-        text += "<answer>1</answer><eos>"
-    return text, [rng.random() for _ in range(3)]
-
-
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
     paths = data.draw(st.integers(1, 9), "M")
-    config = _config(
+    config = rollout_config(
         paths=paths,
         initial_paths=data.draw(st.integers(1, paths), "N"),
         branch_width=data.draw(st.integers(1, 3), "Z"),
@@ -160,8 +54,8 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
     )
     pool = Pool(lambda call: ToolResult(call.name, "fact " * random.Random(call.text).randint(0, 9), bool(call.text)))
     seed = data.draw(st.integers(0, 2**31))
-    collected, sampler = _collect(renderer, _random_script, config, pool=pool, max_model_len=90, seed=seed)
-    _check(collected.trees, config)
+    collected, sampler = collect_scripted(renderer, random_script, config, pool=pool, max_model_len=90, seed=seed)
+    check_trees(collected.trees, config)
     asked = {(request.tokens, tokens) for request, tokens in sampler.seen}
     assert len({request.seed for request, _ in sampler.seen}) == len(sampler.seen)
     for tree in collected.trees:
@@ -186,11 +80,11 @@ def test_every_scenario_ends_with_exactly_m_leaves(renderer, data):
 
 
 def test_forks_hang_from_the_tool_result_and_share_its_call(renderer):
-    config = _config(paths=4, initial_paths=2)
+    config = rollout_config(paths=4, initial_paths=2)
     pool = Pool()
-    collected, _ = _collect(renderer, _one_call, config, pool=pool, prompts=PROMPTS[:1])
+    collected, _ = collect_scripted(renderer, one_call, config, pool=pool, prompts=PROMPTS[:1])
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     results = [i for i, s in enumerate(tree.segments) if s.tool is not None]
     assert len(results) == len(pool.calls) == 2
     assert sorted(sum(s.parent == r for s in tree.segments) for r in results) == [2, 2]
@@ -202,7 +96,7 @@ def test_forks_hang_from_the_tool_result_and_share_its_call(renderer):
 
 def test_a_sibling_does_not_ask_again_at_the_result_it_was_forked_from(renderer):
     # Room for many, but one decision of width 1 per result: one sibling each.
-    collected, _ = _collect(renderer, _one_call, _config(paths=8, initial_paths=1), prompts=PROMPTS[:1])
+    collected, _ = collect_scripted(renderer, one_call, rollout_config(paths=8, initial_paths=1), prompts=PROMPTS[:1])
     (tree,) = collected.trees
     readers = [sum(s.parent == i for s in tree.segments) for i, r in enumerate(tree.segments) if r.tool is not None]
     assert readers == [2, *[1] * 6]
@@ -211,7 +105,7 @@ def test_a_sibling_does_not_ask_again_at_the_result_it_was_forked_from(renderer)
 
 
 def test_branch_record_holds_score_and_room(renderer):
-    collected, _ = _collect(renderer, _one_call, _config(paths=3, initial_paths=2), prompts=PROMPTS[:1])
+    collected, _ = collect_scripted(renderer, one_call, rollout_config(paths=3, initial_paths=2), prompts=PROMPTS[:1])
     branches = [s.branch for s in collected.trees[0].segments if s.branch]
     assert sorted(b.children for b in branches) == [0, 1]
     assert {b.room for b in branches} == {1}
@@ -221,20 +115,20 @@ def test_branch_record_holds_score_and_room(renderer):
 
 
 def test_a_path_that_ends_within_the_probe_is_decided_on_what_it_has(renderer):
-    config = _config(paths=4, initial_paths=2, probe_tokens=50)
-    collected, _ = _collect(renderer, _one_call, config, prompts=PROMPTS[:1])
+    config = rollout_config(paths=4, initial_paths=2, probe_tokens=50)
+    collected, _ = collect_scripted(renderer, one_call, config, prompts=PROMPTS[:1])
     assert collected.metrics["rollout/forks"] == 2
-    _check(collected.trees, config)
+    check_trees(collected.trees, config)
 
 
 def test_branches_inherit_the_root_entropy_of_their_path(renderer):
     def script(request):
-        turns = _turns(request)
+        turns = turns_read(request)
         # At the second result entropy lies between the root (0.1) and the sibling's own first window (0.9).
         return ("<search>mass</search>", [[0.1], [0.9], [0.5]][turns]) if turns < 2 else ("<eos>", [0.5])
 
-    config = _config(paths=4, initial_paths=1, probe_tokens=2)
-    collected, _ = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    config = rollout_config(paths=4, initial_paths=1, probe_tokens=2)
+    collected, _ = collect_scripted(renderer, script, config, prompts=PROMPTS[:1])
     # First result forks (2 paths), then both second results fork (4 paths): all above the root.
     assert collected.metrics["rollout/forks"] == 3
 
@@ -248,15 +142,15 @@ def test_missing_paths_start_fresh_all_at_once(renderer):
 
     sampler = ScriptedSampler(renderer, script)
     sampler_steps = lambda: sampler.steps  # noqa: E731
-    config = _config(paths=8, initial_paths=3)
+    config = rollout_config(paths=8, initial_paths=3)
     collected = collect(PROMPTS[:1], sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
     assert [at for _, at in starts] == [0] * 3 + [4] * 5
     assert collected.metrics["rollout/fresh_paths"] == 5
 
 
 def test_chain_starts_all_paths_at_once_and_records_no_decisions(renderer):
-    config = _config(paths=6, initial_paths=2, policy="chain")
-    collected, sampler = _collect(renderer, _one_call, config, prompts=PROMPTS[:1])
+    config = rollout_config(paths=6, initial_paths=2, policy="chain")
+    collected, sampler = collect_scripted(renderer, one_call, config, prompts=PROMPTS[:1])
     assert [len(r.tokens) for r, _ in sampler.seen[:6]] == [1] * 6
     assert not any(s.branch for s in collected.trees[0].segments)
     assert collected.metrics["rollout/fresh_paths"] == 0
@@ -266,7 +160,7 @@ def _three_calls(first, later):
     """Search three times and answer; entropies of the turn before a call and of those behind a result."""
 
     def script(request):
-        turn = _turns(request)
+        turn = turns_read(request)
         text = "<search>mass</search>" if turn < 3 else "<answer>7</answer><eos>"
         return text, [later if turn else first]
 
@@ -279,9 +173,11 @@ def _three_calls(first, later):
     [(0.5, 0.5, 4), (0.5, 1.0, 2), (0.9, 0.1, 7), (0.1, 4.6, 1)],
 )
 def test_aepo_splits_by_the_path_it_monitors_and_keeps_that_path(renderer, first, later, initial):
-    config = _config(policy="aepo", paths=8, initial_paths=8, split_slope=2 * math.log(113), base=0.0, threshold=0.9)
-    collected, sampler = _collect(renderer, _three_calls(first, later), config, prompts=PROMPTS[:1])
-    _check(collected.trees, config)
+    config = rollout_config(
+        policy="aepo", paths=8, initial_paths=8, split_slope=2 * math.log(113), base=0.0, threshold=0.9
+    )
+    collected, sampler = collect_scripted(renderer, _three_calls(first, later), config, prompts=PROMPTS[:1])
+    check_trees(collected.trees, config)
     (tree,) = collected.trees
     assert sum(s.parent == 0 for s in tree.segments) == 8
     assert collected.metrics["rollout/forks"] == 0
@@ -293,8 +189,8 @@ def test_aepo_splits_by_the_path_it_monitors_and_keeps_that_path(renderer, first
 
 
 def test_aepo_without_a_tool_call_starts_every_path_at_the_prompt(renderer):
-    config = _config(policy="aepo", paths=5)
-    collected, _ = _collect(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
+    config = rollout_config(policy="aepo", paths=5)
+    collected, _ = collect_scripted(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
     assert collected.metrics["rollout/fresh_paths"] == 0
     assert len(collected.trees[0].leaves) == 5
 
@@ -302,11 +198,11 @@ def test_aepo_without_a_tool_call_starts_every_path_at_the_prompt(renderer):
 def test_aepo_makes_each_further_branch_of_a_path_harder(renderer):
     # dH = 0.4 after every result: 0.5 + 1 * 0.4 = 0.9, times 1 - 0.3 l for the l-th branch in a row: 0.9, 0.63, 0.36.
     script = _three_calls(0.1 * math.log(113), 0.5 * math.log(113))
-    config = _config(policy="aepo", paths=16, initial_paths=16, base=0.5, weight=1.0, threshold=0.6, penalty=0.3,
+    config = rollout_config(policy="aepo", paths=16, initial_paths=16, base=0.5, weight=1.0, threshold=0.6, penalty=0.3,
                      split_slope=0.0, max_tool_calls=9)  # fmt: skip
-    collected, _ = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    collected, _ = collect_scripted(renderer, script, config, prompts=PROMPTS[:1])
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     scores = {}
     for index, segment in enumerate(tree.segments):
         if segment.branch:
@@ -332,14 +228,14 @@ def test_at2po_samples_the_least_certain_turns_again(renderer):
         turns: dict = {}  # noqa: RUF012 - one sampler per test
 
         def submit(self, request):
-            self.turns[request.id] = _turns(request)
+            self.turns[request.id] = turns_read(request)
             super().submit(request)
 
-    config = _config(policy="at2po", paths=6, initial_paths=2, rounds=2, weight=0.05)
+    config = rollout_config(policy="at2po", paths=6, initial_paths=2, rounds=2, weight=0.05)
     sampler = Uncertain(renderer, _three_calls(0.1, 0.1))
     collected = collect(PROMPTS[:1], sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=1)
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     # Two chains; room 2 in each of two rounds. Round 1: both turns behind a first result (0.9). Round 2: those again
     # and their siblings, all at 0.9 - 0.05: the two of lowest key.
     granted = [(i, s.branch) for i, s in enumerate(tree.segments) if s.branch and s.branch.children]
@@ -361,10 +257,10 @@ def test_appo_forks_at_the_least_certain_tokens(renderer):
         text = texts[0] if request.seed % 2 else texts[1]
         return text + "<eos>", entropies
 
-    config = _config(policy="appo", paths=3, initial_paths=1, min_distance=1)
-    collected, sampler = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    config = rollout_config(policy="appo", paths=3, initial_paths=1, min_distance=1)
+    collected, sampler = collect_scripted(renderer, script, config, prompts=PROMPTS[:1])
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     # One chain of six tokens; the two positions of highest entropy are tokens 2 and 4 of it.
     chain = sampler.seen[0][1]
     forked = sorted(request.tokens[1:] for request, _ in sampler.seen[1:])
@@ -379,11 +275,11 @@ def test_appo_forks_at_the_least_certain_tokens(renderer):
 
 
 def test_appo_keeps_forks_of_a_turn_apart_and_fills_up_with_fresh_paths(renderer):
-    config = _config(policy="appo", paths=6, initial_paths=1, min_distance=3)
+    config = rollout_config(policy="appo", paths=6, initial_paths=1, min_distance=3)
     script = lambda r: ("abcdef<eos>", [0.1, 2.0, 2.1, 0.1, 0.1, 0.1, 0.1])  # noqa: E731
-    collected, sampler = _collect(renderer, script, config, prompts=PROMPTS[:1])
+    collected, sampler = collect_scripted(renderer, script, config, prompts=PROMPTS[:1])
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     positions = sorted(len(request.tokens) - 1 for request, _ in sampler.seen[1:])
     apart = [p for p in positions if p]
     assert all(b - a >= 3 for a, b in itertools.pairwise(apart))
@@ -393,14 +289,14 @@ def test_appo_keeps_forks_of_a_turn_apart_and_fills_up_with_fresh_paths(renderer
 
 def test_a_fork_inside_a_call_runs_the_call(renderer):
     def script(request):
-        if _turns(request):
+        if turns_read(request):
             return "<answer>7</answer><eos>", [0.1]
         forked = "<search>" in renderer.decode(request.tokens)
         return ("of</search>" if forked else "<search>mass of</search>"), [0.1, 0.1, 0.9, 0.1]
 
-    pool, config = Pool(), _config(policy="appo", paths=2, initial_paths=1)
-    (tree,) = _collect(renderer, script, config, pool=pool, prompts=PROMPTS[:1])[0].trees
-    _check([tree], config)
+    pool, config = Pool(), rollout_config(policy="appo", paths=2, initial_paths=1)
+    (tree,) = collect_scripted(renderer, script, config, pool=pool, prompts=PROMPTS[:1])[0].trees
+    check_trees([tree], config)
     assert [call.text for call in pool.calls] == ["mass of", "massof"]
     assert all(segment.tool.ok for segment in tree.segments if segment.tool)
 
@@ -410,9 +306,9 @@ def test_appo_cuts_no_character(bpe_tokenizer):
     answer = "a\N{LATIN SMALL LETTER E WITH ACUTE}b\N{OGHAM SPACE MARK}c"
     # Highest within a character: at its second byte.
     script = lambda request: (f"{answer}<|im_end|>", [0.1, 0.2, 0.9, 0.1, 0.1, 0.8, 0.7, 0.6, 0.1])  # noqa: E731
-    config = _config(policy="appo", paths=3, initial_paths=1)
-    (tree,) = _collect(renderer, script, config, prompts=PROMPTS[:1])[0].trees
-    _check([tree], config)
+    config = rollout_config(policy="appo", paths=3, initial_paths=1)
+    (tree,) = collect_scripted(renderer, script, config, prompts=PROMPTS[:1])[0].trees
+    check_trees([tree], config)
     cuts = {len(tree.path_tokens(s.parent)) for s in tree.segments if s.branch}
     assert {cut - len(tree.segments[0].tokens) for cut in cuts} == {1, 7}
     texts = ["".join(segment.text for segment in tree.response_segments(leaf)) for leaf in tree.leaves]
@@ -421,27 +317,29 @@ def test_appo_cuts_no_character(bpe_tokenizer):
 
 def test_appo_needs_the_entropies_of_all_tokens():
     with pytest.raises(ValueError, match="expected 'all'"):
-        _config(policy="appo", entropies="probe")
+        rollout_config(policy="appo", entropies="probe")
 
 
 def test_at2po_counts_a_turn_chosen_twice(renderer):
-    config = _config(policy="at2po", paths=4, initial_paths=1, rounds=3, weight=0.0, max_tool_calls=0)
-    collected, sampler = _collect(renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1])
+    config = rollout_config(policy="at2po", paths=4, initial_paths=1, rounds=3, weight=0.0, max_tool_calls=0)
+    collected, sampler = collect_scripted(
+        renderer, lambda r: ("<answer>1</answer><eos>", None), config, prompts=PROMPTS[:1]
+    )
     (tree,) = collected.trees
-    _check([tree], config)
+    check_trees([tree], config)
     assert sum(s.branch.children for s in tree.segments if s.branch) == 3
     assert len({request.seed for request, _ in sampler.seen}) == 4
 
 
 def test_at_the_call_limit_the_model_is_told_and_may_answer_once(renderer):
     def script(request):
-        return ("<answer>1</answer><eos>", None) if request.seed % 2 and _turns(request) == 2 else (
+        return ("<answer>1</answer><eos>", None) if request.seed % 2 and turns_read(request) == 2 else (
             "<search>mass</search>", None)  # fmt: skip
 
-    config = _config(paths=8, initial_paths=8, max_tool_calls=1)
+    config = rollout_config(paths=8, initial_paths=8, max_tool_calls=1)
     pool = Pool()
-    collected, _ = _collect(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
-    _check(collected.trees, config)
+    collected, _ = collect_scripted(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
+    check_trees(collected.trees, config)
     (tree,) = collected.trees
     assert len(pool.calls) == 8
     ends = set()
@@ -457,9 +355,9 @@ def test_at_the_call_limit_the_model_is_told_and_may_answer_once(renderer):
 @pytest.mark.parametrize("text", ["mass</search>", "<search> </search>", "<python>1</search>"])
 def test_a_malformed_call_is_a_result_that_says_so(renderer, text):
     pool = Pool()
-    config = _config(paths=1, initial_paths=1)
-    script = lambda request: ("<eos>", None) if _turns(request) else (text, None)  # noqa: E731
-    collected, _ = _collect(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
+    config = rollout_config(paths=1, initial_paths=1)
+    script = lambda request: ("<eos>", None) if turns_read(request) else (text, None)  # noqa: E731
+    collected, _ = collect_scripted(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
     (result,) = [s for s in collected.trees[0].segments if s.tool]
     assert not pool.calls
     assert not result.tool.ok
@@ -471,16 +369,16 @@ def test_a_malformed_call_is_a_result_that_says_so(renderer, text):
 
 def test_a_failed_tool_is_a_record(renderer):
     pool = Pool(lambda call: ToolResult(call.name, "TimeoutError", False, seconds=3.0))
-    collected, _ = _collect(renderer, _one_call, _config(), pool=pool)
+    collected, _ = collect_scripted(renderer, one_call, rollout_config(), pool=pool)
     results = [s.tool for t in collected.trees for s in t.segments if s.tool]
     assert {(r.ok, r.text, r.seconds) for r in results} == {(False, "<result>TimeoutError</result>", 3.0)}
 
 
 def test_results_are_cut_to_the_budget_and_leave_room_to_answer(renderer):
     pool = Pool(lambda call: ToolResult(call.name, "x" * 1000, True))
-    config = _config(max_response_tokens=60, paths=3, initial_paths=3)
-    collected, _ = _collect(renderer, _one_call, config, pool=pool)
-    _check(collected.trees, config)
+    config = rollout_config(max_response_tokens=60, paths=3, initial_paths=3)
+    collected, _ = collect_scripted(renderer, one_call, config, pool=pool)
+    check_trees(collected.trees, config)
     for tree in collected.trees:
         for leaf in tree.leaves:
             call, result, answer = tree.response_segments(leaf)
@@ -491,35 +389,28 @@ def test_results_are_cut_to_the_budget_and_leave_room_to_answer(renderer):
 
 def test_a_call_with_no_room_for_its_result_ends_the_path(renderer):
     pool = Pool()
-    config = _config(max_response_tokens=6, paths=1, initial_paths=1)
+    config = rollout_config(max_response_tokens=6, paths=1, initial_paths=1)
     script = lambda request: ("<search>abc</search>", None)  # noqa: E731
-    collected, _ = _collect(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
+    collected, _ = collect_scripted(renderer, script, config, pool=pool, prompts=PROMPTS[:1])
     assert [leaf.end for leaf in collected.trees[0].leaves] == [StopReason.LENGTH]
     assert not pool.calls
 
 
 def test_the_longest_sequence_of_the_engine_bounds_every_path(renderer):
-    collected, _ = _collect(renderer, lambda r: ("x" * 500, None), _config(), max_model_len=50)
+    collected, _ = collect_scripted(renderer, lambda r: ("x" * 500, None), rollout_config(), max_model_len=50)
     for tree in collected.trees:
         assert {leaf.end for leaf in tree.leaves} == {StopReason.LENGTH}
         assert {len(tree.path_tokens(leaf.segment)) for leaf in tree.leaves} == {50}
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(renderer):
-    sampler = ScriptedSampler(renderer, _one_call, max_model_len=20)
+    sampler = ScriptedSampler(renderer, one_call, max_model_len=20)
     long = Prompt("long", ({"role": "user", "content": "x" * 20},), ())
     with pytest.raises(
         DataError, match=r"prompt 'long' has 20 tokens; expected fewer than engine.max_model_len \(20\)"
     ):
-        collect([*PROMPTS, long], sampler=sampler, tools=Pool(), renderer=renderer, config=_config(), seed=0)
+        collect([*PROMPTS, long], sampler=sampler, tools=Pool(), renderer=renderer, config=rollout_config(), seed=0)
     assert (sampler.seen, sampler.resets) == ([], 0)
-
-
-def _without_times(trees):
-    def plain(segment):
-        return replace(segment, tool=replace(segment.tool, seconds=0.0, cached=False)) if segment.tool else segment
-
-    return [replace(tree, segments=tuple(plain(s) for s in tree.segments)) for tree in trees]
 
 
 @pytest.mark.parametrize("policy", ["paper", "aepo", "at2po", "appo", "random"])
@@ -530,16 +421,16 @@ def test_deterministic_mode_fixes_the_tree_whatever_the_tools_take(renderer, pol
         threading.Event().wait(jitter.random() / 200)
         return ToolResult(call.name, call.text, True)
 
-    config = _config(policy=policy, paths=9, initial_paths=3)
+    config = rollout_config(policy=policy, paths=9, initial_paths=3)
     runs = []
     with ThreadPoolExecutor(4) as threads:
         for _ in range(3):
-            collected, sampler = _collect(renderer, _random_script, config, pool=Pool(answer, threads))
+            collected, sampler = collect_scripted(renderer, random_script, config, pool=Pool(answer, threads))
             assert sampler.resets == 1
-            runs.append(_without_times(collected.trees))
+            runs.append(without_times(collected.trees))
     assert runs[0] == runs[1] == runs[2]
-    other, _ = _collect(renderer, _random_script, config, seed=6)
-    assert _without_times(other.trees) != runs[0]
+    other, _ = collect_scripted(renderer, random_script, config, seed=6)
+    assert without_times(other.trees) != runs[0]
 
 
 def test_the_order_in_which_an_engine_reports_changes_nothing(renderer):
@@ -549,18 +440,18 @@ def test_the_order_in_which_an_engine_reports_changes_nothing(renderer):
             random.Random(self.steps).shuffle(events)
             return events
 
-    config, trees = _config(policy="random", paths=9), []
+    config, trees = rollout_config(policy="random", paths=9), []
     for kind in (ScriptedSampler, Shuffled):
-        sampler = kind(renderer, _random_script)
+        sampler = kind(renderer, random_script)
         trees.append(collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=5).trees)
     assert trees[0] == trees[1]
 
 
 def test_draws_do_not_depend_on_the_other_prompts(renderer):
-    config = _config(policy="random")
-    alone, _ = _collect(renderer, _random_script, config, prompts=PROMPTS[:1])
-    together, _ = _collect(renderer, _random_script, config)
-    assert _without_times(alone.trees) == _without_times(together.trees[:1])
+    config = rollout_config(policy="random")
+    alone, _ = collect_scripted(renderer, random_script, config, prompts=PROMPTS[:1])
+    together, _ = collect_scripted(renderer, random_script, config)
+    assert without_times(alone.trees) == without_times(together.trees[:1])
 
 
 def test_a_slow_tool_stops_no_other_path(renderer):
@@ -571,7 +462,7 @@ def test_a_slow_tool_stops_no_other_path(renderer):
             return slow if call.text == "slow" else super().submit(call)
 
     def script(request):
-        if _turns(request):
+        if turns_read(request):
             return "<answer>7</answer><eos>", None
         return ("<search>slow</search>" if len(request.tokens) == 1 else "<search>mass</search>" + "", None)
 
@@ -593,7 +484,7 @@ def test_a_slow_tool_stops_no_other_path(renderer):
             assert not slow.done()
             slow.set_result(ToolResult("search", "late", True))
 
-    config = _config(paths=1, initial_paths=1, deterministic=False)
+    config = rollout_config(paths=1, initial_paths=1, deterministic=False)
     collected = collect(
         PROMPTS, sampler=sampler, tools=SlowForOne(), renderer=renderer, config=config, seed=0, progress=ended
     )
@@ -611,39 +502,39 @@ def test_without_anything_to_decode_it_waits_for_the_first_tool_that_answers(ren
             threading.Event().wait(next(delays))
             return ToolResult(call.name, "x", True)
 
-        config = _config(paths=1, initial_paths=1, deterministic=False)
-        collected, sampler = _collect(renderer, _one_call, config, pool=Pool(answer, threads))
-    _check(collected.trees, config)
+        config = rollout_config(paths=1, initial_paths=1, deterministic=False)
+        collected, sampler = collect_scripted(renderer, one_call, config, pool=Pool(answer, threads))
+    check_trees(collected.trees, config)
     assert collected.metrics["rollout/tool_wait_seconds"] > 0.1
     assert sampler.resets == 0
 
 
 def test_an_error_of_the_engine_leaves_no_open_request(renderer):
-    sampler = ScriptedSampler(renderer, _one_call)
+    sampler = ScriptedSampler(renderer, one_call)
 
     def fail():
         if sampler.steps == 3:
             raise RuntimeError("engine died")
 
     sampler.before_step = fail
-    with pytest.raises(RuntimeError, match="engine died"):
-        collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=_config(), seed=0)
+    with pytest.raises(CollectError, match="0 of 3 trees complete: RuntimeError: engine died"):
+        collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=rollout_config(), seed=0)
     assert sampler.num_unfinished == 0
 
 
 def test_entropies_beyond_the_probe_are_kept_only_on_request(renderer):
     for kept, expected in (("probe", 4), ("all", 12)):
-        config = _config(entropies=kept, paths=1, initial_paths=1)
-        collected, _ = _collect(renderer, lambda r: ("x" * 11 + "<eos>", [0.5]), config, prompts=PROMPTS[:1])
+        config = rollout_config(entropies=kept, paths=1, initial_paths=1)
+        collected, _ = collect_scripted(renderer, lambda r: ("x" * 11 + "<eos>", [0.5]), config, prompts=PROMPTS[:1])
         assert len(collected.trees[0].segments[1].entropies) == expected
 
 
 def test_progress_hears_of_every_path(renderer):
     heard = []
-    _collect(renderer, _random_script, _config(), progress=heard.append)
+    collect_scripted(renderer, random_script, rollout_config(), progress=heard.append)
     assert sum(heard) == 8 * len(PROMPTS)
 
 
 def test_greedy_reaches_the_sampler(renderer):
-    _, sampler = _collect(renderer, _one_call, _config(), greedy=True)
+    _, sampler = collect_scripted(renderer, one_call, rollout_config(), greedy=True)
     assert all(request.greedy for request, _ in sampler.seen)

@@ -77,6 +77,8 @@ def evaluate(
         raise ValueError(f"mode is {mode!r}; expected 'sampled' or 'greedy'")
     samples = config.eval.samples_per_prompt if mode == "sampled" else 1
     chains = {"policy": "chain", "paths": samples, "initial_paths": samples, "entropies": "probe"}
+    # Limits that make answers depend on one another, or on how busy the machine is.
+    chains |= dict.fromkeys(("max_tree_tool_calls", "max_tree_tokens", "collect_timeout_s"))
     collected = collect(
         prompts,
         sampler=sampler,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from arpo_ext.config import RolloutConfig
 from arpo_ext.render import Renderer
 from arpo_ext.rollout.branching import path_key
+from arpo_ext.rollout.tree import GrowingTree
 from arpo_ext.types import Branch, StopReason, ToolCall, ToolResult
 
 
@@ -22,7 +24,8 @@ class OpenPath:
     window: normalised entropy of its last window. asked: the branch decision of the running window is taken or not
     wanted. probe_entropy, branch: of that window.
     streak: decisions in a row that wished for children. monitored: normalised entropies of its windows, for a path that
-    only measures and never forks; else None.
+    only measures and never forks; else None. told: it got the message that no further call is run.
+    limit: what `used` may grow to. expires: on the clock of `time.monotonic`, when it is cut.
     """
 
     tree: int
@@ -40,6 +43,9 @@ class OpenPath:
     branch: Branch | None = None
     streak: int = 0
     monitored: list[float] | None = None
+    told: bool = False
+    limit: int = 0
+    expires: float = math.inf
 
     @property
     def key(self) -> int:
@@ -68,14 +74,32 @@ class OpenPath:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a path may still add. max_model_len: longest sequence the engine takes."""
+    """What a path and its tree may still add. max_model_len: longest sequence the engine takes."""
 
     config: RolloutConfig
     renderer: Renderer
     max_model_len: int
 
+    def open(self, path: OpenPath, tree: GrowingTree) -> None:
+        """Give a path that starts its tokens: at most an even share of what the tree has left for all that will start.
+
+        So no path takes what others need, whatever the order in which they end.
+        """
+        path.limit = self.config.max_response_tokens
+        if tree.spare is not None:
+            share = min(tree.spare // (self.config.paths - tree.started), path.limit - path.used)
+            tree.spare -= share
+            path.limit = path.used + share
+        path.expires = math.inf
+        tree.started += 1
+
+    def close(self, path: OpenPath, tree: GrowingTree) -> None:
+        """Take back what a path that ended did not use."""
+        if tree.spare is not None:
+            tree.spare += path.limit - path.used
+
     def tokens_left(self, path: OpenPath) -> int:
-        return min(self.config.max_response_tokens - path.used, self.max_model_len - len(path.tokens))
+        return min(path.limit - path.used, self.max_model_len - len(path.tokens))
 
     def result_limit(self, path: OpenPath) -> int | None:
         """Tokens a tool result may take so that a quarter of what is left stays for the answer; None if too few."""
@@ -83,21 +107,34 @@ class Budget:
         limit = left - max(1, left // 4)
         return limit if limit > self.renderer.result_overhead else None
 
-    def answer_call(self, path: OpenPath, tokens: Sequence[int]) -> ToolCall | ToolResult | StopReason:
-        """What follows a turn of `tokens` that ended on a closing tool tag and is counted in `path.calls`.
+    def answer_call(
+        self, path: OpenPath, tree: GrowingTree, tokens: Sequence[int]
+    ) -> ToolCall | ToolResult | StopReason:
+        """What follows a turn of `tokens` that ended on a closing tool tag, which is counted here.
 
         A call to run; or a result that says why none is run; or the end of the path: no room for a result and an
         answer, or a further call after the message that the limit is reached.
         """
-        limit = self.config.max_tool_calls
-        if path.calls > limit + 1:
+        path.calls += 1
+        if path.told:
             return StopReason.TOOL
         if self.result_limit(path) is None:
             return StopReason.LENGTH
         name = self.renderer.closing_name(tokens)
-        if path.calls > limit:
-            return ToolResult(name, f"not run: the limit of {limit} tool calls is reached, answer now", ok=False)
+        reached = self._limit_reached(path, tree)
+        if reached is not None:
+            path.told = True
+            return ToolResult(name, f"not run: the limit of {reached} is reached, answer now", ok=False)
         call = self.renderer.parse_call(tokens)
         if call is None:
             return ToolResult(name, f"malformed call: expected <{name}> text </{name}>", ok=False)
+        tree.calls += 1
         return call
+
+    def _limit_reached(self, path: OpenPath, tree: GrowingTree) -> str | None:
+        if path.calls > self.config.max_tool_calls:
+            return f"{self.config.max_tool_calls} tool calls"
+        shared = self.config.max_tree_tool_calls
+        if shared is not None and tree.calls >= shared:
+            return f"{shared} tool calls for all answers"
+        return None

@@ -47,6 +47,7 @@ class Completion:
     entropies: of that distribution at the leading tokens, in nats; at least min(probe_tokens, len(tokens)) of them.
     top_logprobs: at the first min(probe_tokens, len(tokens)) tokens, where asked for: those of the most probable tokens
     and of the sampled one where it is not among them, in any order.
+    cached_tokens: leading tokens of the request whose keys and values the engine had; None: not known.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Completion:
     entropies: tuple[float, ...]
     stop_reason: StopReason
     top_logprobs: tuple[tuple[float, ...], ...] = ()
+    cached_tokens: int | None = None
 
 
 class Sampler(Protocol):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from arpo_ext.errors import DataError
 from arpo_ext.types import Branch, Leaf, Prompt, RolloutTree, Segment, StopReason
@@ -18,6 +19,7 @@ class GrowingTree:
     """A tree while it is collected.
 
     started: paths that began (initial, forked and fresh); each ends in exactly one leaf. rounds: expansions so far.
+    calls: tool calls so far. spare: tokens that no path was given yet; None: as many as they need.
     """
 
     prompt: Prompt
@@ -25,6 +27,8 @@ class GrowingTree:
     leaves: list[Leaf] = field(default_factory=list)
     started: int = 0
     rounds: int = 0
+    calls: int = 0
+    spare: int | None = None
 
     @property
     def open(self) -> int:
@@ -43,6 +47,10 @@ class GrowingTree:
 
     def end(self, segment: int, reason: StopReason) -> None:
         self.leaves.append(Leaf(segment, reason))
+
+    def cut(self, segment: int, reason: StopReason, **decision: Any) -> None:
+        """End a path at `segment` from outside. decision: probe and branch of the turn that it had begun."""
+        self.end(self.add(Segment(parent=segment, tokens=(), sampled=False, stop_reason=reason, **decision)), reason)
 
     def split(self, segment: int, at: int, decode: Callable[[Sequence[int]], str]) -> int:
         """Cut a sampled segment before its token `at`; the index of the tail, which takes over children and leaf.
@@ -131,6 +139,36 @@ def _cut(
     return head, tail
 
 
+def match_finished(
+    finished: Sequence[RolloutTree], trees: Sequence[GrowingTree], *, policy: str, seed: int, paths: int
+) -> dict[int, RolloutTree]:
+    """Position of a tree -> the complete tree that an earlier call collected in its place.
+
+    Trees that share an identity (two prompts with one id) are matched in their order. Incomplete ones match nothing.
+    ValueError for a tree of another prompt, seed, policy or number of paths.
+    """
+    places: dict[str, list[int]] = {}
+    for index, tree in enumerate(trees):
+        places.setdefault(tree.prompt.id, []).append(index)
+    matched = {}
+    for tree in finished:
+        index = next(iter(places.get(tree.prompt_id, [])), None)
+        if index is None:
+            raise ValueError(
+                f"a finished tree answers prompt {tree.prompt_id!r}; expected one of the prompts, each once"
+            )
+        places[tree.prompt_id].pop(0)
+        got = (tree.policy, tree.seed, len(tree.leaves), tree.segments[0].tokens)
+        if got != (policy, seed, paths, trees[index].segments[0].tokens):
+            raise ValueError(
+                f"the finished tree of prompt {tree.prompt_id!r} has policy {tree.policy}, seed {tree.seed} and "
+                f"{len(tree.leaves)} leaves; expected {policy}, {seed} and {paths} from the same prompt tokens"
+            )
+        if tree.is_complete:
+            matched[index] = tree
+    return matched
+
+
 def check_tree(
     tree: RolloutTree,
     paths: int,
@@ -144,7 +182,8 @@ def check_tree(
 
     Exactly `paths` leaves, each the childless end of its own path; at most `paths - initial_paths` forks, all
     accounted for by a branch decision; tool results never sampled; a logprob for every sampled token, entropies for the
-    first `probe_tokens` of them; call and token budgets of every path.
+    first `probe_tokens` of them; call and token budgets of every path. A path cut from outside ends in a segment of no
+    tokens; nothing else has none.
     """
     children: list[list[int]] = [[] for _ in tree.segments]
     for index, segment in enumerate(tree.segments[1:], start=1):
@@ -178,6 +217,10 @@ def check_tree(
 
 def _check_segment(tree: RolloutTree, index: int, probe_tokens: int | None) -> None:
     segment, parent = tree.segments[index], tree.segments[tree.segments[index].parent]
+    if segment.stop_reason is not None and segment.stop_reason.is_forced:
+        if segment.tokens or segment.sampled or segment.tool is not None:
+            raise ValueError(f"segment {index} was cut from outside but holds tokens; expected none")
+        return
     if not segment.tokens:
         raise ValueError(f"segment {index} adds no tokens; expected at least one")
     if not segment.sampled:
@@ -200,7 +243,10 @@ def _check_segment(tree: RolloutTree, index: int, probe_tokens: int | None) -> N
 
 
 def _check_path(tree: RolloutTree, leaf: Leaf, max_tool_calls: int | None, max_response_tokens: int | None) -> None:
-    if not tree.segments[leaf.segment].sampled:
+    end = tree.segments[leaf.segment].stop_reason
+    if leaf.end.is_forced != (end is not None and end.is_forced):
+        raise ValueError(f"leaf {leaf.end.value!r} at segment {leaf.segment}, which ended as {end}; expected the same")
+    if not tree.segments[leaf.segment].sampled and not leaf.end.is_forced:
         raise ValueError(f"leaf at segment {leaf.segment} ends in a tool result; expected a sampled segment")
     segments = list(tree.response_segments(leaf))
     ran = sum(s.tool is not None for s in segments)

@@ -39,6 +39,7 @@ from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION, is_tied
 class _Running:
     request: SampleRequest
     row: int
+    cached_tokens: int | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[float, ...]] = field(default_factory=list)
@@ -110,6 +111,7 @@ class VllmSampler:
             if running is None:
                 continue
             (delta,) = output.outputs
+            running.cached_tokens = output.num_cached_tokens
             running.tokens += delta.token_ids
             running.logprobs += [e[t].logprob for t, e in zip(delta.token_ids, delta.logprobs, strict=True)]
             if running.request.top_logprobs:
@@ -180,8 +182,8 @@ class VllmSampler:
             del self._running[str(running.request.id)]
             self._rows.append(running.row)
             tokens, logprobs = tuple(running.tokens), tuple(running.logprobs)
-            top = tuple(running.top_logprobs)
-            events.append(Completion(running.request.id, tokens, logprobs, entropy, reason, top))
+            top, cached = tuple(running.top_logprobs), running.cached_tokens
+            events.append(Completion(running.request.id, tokens, logprobs, entropy, reason, top, cached))
         return events
 
     def _stop_reason(self, output: Any) -> StopReason:

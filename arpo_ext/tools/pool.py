@@ -150,9 +150,9 @@ class ToolPool:
             first.add_done_callback(lambda done: self._share(call, answer, done.result()))
         return answer
 
-    def wait(self, futures: Iterable[Future[ToolResult]]) -> None:
-        """Return once one of the futures has its result."""
-        wait(set(futures), return_when=FIRST_COMPLETED)
+    def wait(self, futures: Iterable[Future[ToolResult]], timeout_s: float | None = None) -> None:
+        """Return once one of the futures has its result, or after `timeout_s`."""
+        wait(set(futures), timeout=timeout_s, return_when=FIRST_COMPLETED)
 
     def _finished(self, run: _Run, result: ToolResult) -> None:
         with self._lock:

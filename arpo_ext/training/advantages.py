@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,8 @@ class CreditedTree:
 def credit_trees(trees: Sequence[RolloutTree], *, estimator: str) -> list[CreditedTree]:
     """Advantages within each tree: all leaves of one prompt are one group, whatever prefix they share.
 
+    Paths that were cut from outside are no part of it: their advantage is 0 and they move nobody's baseline.
+
     estimator: as `ops.group_advantages`. ValueError if a leaf has no reward yet.
     """
     trees = list(trees)
@@ -35,13 +37,16 @@ def credit_trees(trees: Sequence[RolloutTree], *, estimator: str) -> list[Credit
         parent.extend(s.parent + offset if s.parent >= 0 else -1 for s in tree.segments)
         segment_counts.append(len(tree.segments))
         for leaf in tree.leaves:
+            if leaf.end.is_forced:
+                continue
             if leaf.reward is None:
                 raise ValueError(f"tree {tree.prompt_id!r} has a leaf without a reward; expected scored trees")
             reward.append(leaf.reward)
             tree_of_leaf.append(index)
             leaf_segment.append(leaf.segment + offset)
     if not reward:
-        return [CreditedTree(tree, torch.zeros(len(tree.segments))) for tree in trees]
+        own = (torch.zeros(count) for count in segment_counts)
+        return [CreditedTree(_with_advantages(tree, iter(())), none) for tree, none in zip(trees, own, strict=True)]
     # The op wants group numbers below the number of leaves; trees without leaves would break that.
     _, group = torch.unique(torch.tensor(tree_of_leaf), return_inverse=True)
     result = ops.group_advantages(
@@ -53,6 +58,12 @@ def credit_trees(trees: Sequence[RolloutTree], *, estimator: str) -> list[Credit
     )
     advantage = iter(result.leaf.tolist())
     return [
-        CreditedTree(replace(tree, leaves=tuple(replace(leaf, advantage=next(advantage)) for leaf in tree.leaves)), own)
+        CreditedTree(_with_advantages(tree, advantage), own)
         for tree, own in zip(trees, result.segment.split(segment_counts), strict=True)
     ]
+
+
+def _with_advantages(tree: RolloutTree, advantage: Iterator[float]) -> RolloutTree:
+    """The tree with the next advantages at its leaves, 0 at those that were cut."""
+    leaves = (replace(leaf, advantage=0.0 if leaf.end.is_forced else next(advantage)) for leaf in tree.leaves)
+    return replace(tree, leaves=tuple(leaves))

@@ -106,7 +106,7 @@ def plan_updates(trees: Sequence[CreditedTree], config: TrainConfig, *, seed: in
 
 
 def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
-    """One row per leaf of the tree.
+    """One row per leaf of the tree; nothing is trained in that of a path that was cut from outside.
 
     credit soft: every token has the advantage of its own leaf. hard: the mean over the leaves that share it.
     loss_scale token_mean: weight 1. sequence_mean: weight 1/|y_i|, |y_i| the trained tokens of the row (paper Eq. 6).
@@ -118,6 +118,9 @@ def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
         path = tree.path(leaf.segment)
         tokens, trained, sampler_logprob = (torch.cat([parts[i][column] for i in path]) for column in range(3))
         trained[:1] = False
+        if leaf.end.is_forced:
+            # Where a path was cut says nothing about the tokens before.
+            trained[:] = False
         if config.credit == "hard":
             lengths = torch.tensor([len(tree.segments[i].tokens) for i in path])
             advantage = credited.segment[path].repeat_interleave(lengths)
