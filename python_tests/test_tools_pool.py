@@ -236,3 +236,126 @@ def test_many_calls_from_many_threads():
     assert all(r.ok for r in results)
     assert sorted(tool.runs, key=int) == [str(i) for i in range(50)]
     assert stats == ToolStats(calls=800, failures=0, cached=750, seconds=stats.seconds)
+
+
+def test_a_cancelled_call_that_has_not_begun_is_left_out():
+    release = threading.Event()
+    tool = ScriptedTool(answer=lambda text: release.wait(5) and text, workers=1)
+    with ToolPool([tool]) as pool:
+        first = pool.submit(ToolCall("echo", "first"))
+        second = pool.submit(ToolCall("echo", "second"))
+        assert pool.cancel(second)
+        assert (second.result(0).text, second.result(0).ok) == ("cancelled", False)
+        assert not pool.cancel(second)
+        release.set()
+        assert wait(first).ok
+        assert wait(pool.submit(ToolCall("echo", "third"))).ok
+        assert pool.stats["echo"] == ToolStats(calls=3, cancelled=1, seconds=pool.stats["echo"].seconds)
+    assert tool.runs == ["first", "third"]
+
+
+def test_a_cancelled_call_that_runs_gives_its_worker_back():
+    stuck = threading.Event()
+    tool = ScriptedTool(answer=lambda text: stuck.wait(20) and text if text == "stuck" else text, workers=1)
+    abandoned = []
+    tool.abandon = abandoned.append
+    start = time.monotonic()
+    with ToolPool([tool]) as pool:
+        slow = pool.submit(ToolCall("echo", "stuck"))
+        while not tool.runs:
+            time.sleep(0.001)
+        assert pool.cancel(slow)
+        assert slow.result(0).text == "cancelled"
+        assert wait(pool.submit(ToolCall("echo", "next"))).ok
+        again = pool.submit(ToolCall("echo", "stuck"))
+        stuck.set()
+        assert wait(again).ok
+    assert abandoned == ["stuck"]
+    assert tool.runs == ["stuck", "next", "stuck"]
+    assert time.monotonic() - start < 10
+
+
+def test_who_shares_a_call_keeps_it_when_another_cancels():
+    release = threading.Event()
+    tool = ScriptedTool(answer=lambda text: release.wait(5) and text)
+    with ToolPool([tool]) as pool:
+        futures = [pool.submit(ToolCall("echo", "same")) for _ in range(3)]
+        assert pool.cancel(futures[0])
+        release.set()
+        results = [wait(future) for future in futures]
+        assert not pool.cancel(futures[1])
+    assert [(r.text, r.ok, r.cached) for r in results] == [
+        ("cancelled", False, False),
+        ("same", True, False),
+        ("same", True, True),
+    ]
+    assert tool.runs == ["same"]
+
+
+def test_a_timeout_abandons_the_call():
+    stuck = threading.Event()
+    tool = ScriptedTool(answer=lambda text: str(stuck.wait(20)), timeout_s=0.05)
+    abandoned = []
+    tool.abandon = lambda text: abandoned.append(text) or 1 / 0
+    with ToolPool([tool]) as pool:
+        assert "did not answer" in wait(pool.submit(ToolCall("echo", "q"))).text
+        assert "did not answer" in wait(pool.submit(ToolCall("echo", "r"))).text
+    assert abandoned == ["q", "r"]
+    stuck.set()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), MemoryError()])
+def test_a_tool_that_wants_to_end_the_program_becomes_an_answer(error):
+    def answer(text):
+        raise error
+
+    with ToolPool([ScriptedTool(answer=answer, workers=1)]) as pool:
+        for _ in range(3):
+            assert type(error).__name__ in wait(pool.submit(ToolCall("echo", "q"))).text
+
+
+@pytest.mark.parametrize("text", [None, b"bytes", 3])
+def test_a_result_without_a_text_becomes_a_failure(text):
+    with ToolPool([ScriptedTool(answer=lambda _: ToolResult("echo", text, ok=True))]) as pool:
+        result = wait(pool.submit(ToolCall("echo", "q")))
+    assert not result.ok
+    assert "expected a ToolResult with a text" in result.text
+
+
+def test_a_text_that_no_tokenizer_takes_is_mended():
+    with ToolPool([ScriptedTool(answer=lambda _: "a\ud800b")]) as pool:
+        assert wait(pool.submit(ToolCall("echo", "q"))).text == "a?b"
+
+
+def test_threads_that_the_system_refuses_are_asked_for_again(monkeypatch, caplog):
+    stuck = threading.Event()
+    tool = ScriptedTool(answer=lambda text: stuck.wait(20) and text if text == "stuck" else text, workers=1)
+    tool.timeout_s = 0.05
+    refused = []
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "tool-echo" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with ToolPool([tool]) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        slow = pool.submit(ToolCall("echo", "stuck"))
+        assert not wait(slow).ok
+        tool.timeout_s = 5.0
+        assert wait(pool.submit(ToolCall("echo", "next"))).ok
+    assert len(refused) == 1
+    assert "gets no thread" in caplog.text
+    stuck.set()
+
+
+def test_answers_kept_in_memory_are_bounded(monkeypatch):
+    monkeypatch.setattr("arpo_ext.tools.pool._KEPT_CHARS", 100)
+    tool = ScriptedTool(answer=lambda text: text * 40)
+    with ToolPool([tool]) as pool:
+        for text in "abacb":
+            assert wait(pool.submit(ToolCall("echo", text))).ok
+        assert pool._answer_chars == 82
+    assert tool.runs == ["a", "b", "c", "b"]

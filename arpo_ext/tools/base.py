@@ -9,8 +9,9 @@ from arpo_ext.config import CustomToolConfig, ToolsConfig
 from arpo_ext.errors import ToolError
 from arpo_ext.tools.browser import BrowserTool
 from arpo_ext.tools.cache import AnswerCache
+from arpo_ext.tools.lane import Retry
 from arpo_ext.tools.mcp_client import McpTool
-from arpo_ext.tools.pool import Retry, ToolPool
+from arpo_ext.tools.pool import ToolPool
 from arpo_ext.tools.python_sandbox import PythonTool
 from arpo_ext.tools.records import CallRecords, ReplayTool, read_records
 from arpo_ext.tools.search import SearchTool
@@ -26,7 +27,8 @@ class Tool(Protocol):
     workers: how many calls may run at the same time.
 
     A tool whose answers depend on the call and its settings alone may have an `identity: str`, a text that differs
-    whenever those settings do: its good answers are then kept in the cache on disk, if there is one.
+    whenever those settings do: its good answers are then kept in the cache on disk, if there is one. A tool whose runs
+    can be ended early may have a method `abandon(text)`, called when nobody waits for `run(text)` any more.
     """
 
     name: str
