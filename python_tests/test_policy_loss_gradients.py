@@ -209,8 +209,8 @@ def test_a_new_number_compiles_nothing_anew(backend, form):
 
 @pytest.mark.parametrize("numbers", [{"normalizer": -1.0}, {"normalizer": 1.0, "clip_low": 1.5}])
 def test_a_wrong_number_is_named_while_compiling_too(numbers):
-    with pytest.raises(
-        ValueError, match=r"got (normalizer -1\.0; expected a number above 0|clip_low 1\.5; expected 0)"
-    ):
-        torch._dynamo.reset()
-        torch.compile(ops.policy_loss, backend="eager")(*few("cpu"), **numbers)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.policy_loss, backend="eager")
+    message = r"got (normalizer -1\.0; expected a number above 0|clip_low 1\.5; expected 0)"
+    with pytest.raises(ValueError, match=message):
+        compiled(*few("cpu"), **numbers)

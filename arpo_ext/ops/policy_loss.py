@@ -116,8 +116,8 @@ def policy_loss(
     old_logprob: [N], of the policy that sampled. advantage: [N] or [N, 2]. weight: [N], at least 0. All floating inputs
         are of logprob's dtype and device.
     normalizer, kl_coef, entropy_coef: a number, or a 0-d tensor on the CPU or on logprob's device, for which nothing
-        waits. normalizer is above 0. Once `torch.compile` has seen one of these, or of the clip's numbers, change, further
-        values of it compile nothing.
+        waits. normalizer is above 0. Once `torch.compile` has seen one of these, or of the clip's numbers, change,
+        further values of it compile nothing.
     clip_low in [0, 1], clip_high at least 0; dual_clip above 1, required by "dual", optional for "gppo", else None;
         tau_positive, tau_negative above 0, read by "sapo" only.
 
