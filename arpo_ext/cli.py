@@ -275,7 +275,7 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
 
     baselines: dict[tuple[int, ...], float] = {}
 
-    def run(prompts: Sequence[Prompt], step: int) -> Any:
+    def run(prompts: Sequence[Prompt], step: int, attempt: int = 0) -> Any:
         calls_before = sum(stats.calls for stats in tools.stats.values())
         with tracker.progress(len(prompts) * config.rollout.paths, "rollouts") as progress:
 
@@ -290,8 +290,8 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
                 tools=tools,
                 renderer=renderer,
                 config=config.rollout,
-                # Each step draws anew; the multiplier keeps the streams of neighbouring seeds apart.
-                seed=config.seed * 1_000_003 + step,
+                # Each step and attempt draws anew; the multiplier keeps the streams of neighbouring seeds apart.
+                seed=config.seed * 1_000_003 + step + attempt * 1_000_003**2,
                 progress=ended,
                 baselines=baselines,
             )

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from arpo_ext.algorithms import ALGORITHMS, Preset
 from arpo_ext.errors import ConfigError
 
 # A tool's name is the tag the model writes.
 ToolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+AlgorithmName = Literal[tuple(ALGORITHMS)]
 
 
 class _Section(BaseModel):
@@ -258,17 +260,47 @@ class TrainConfig(_Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: PositiveFloat = 1.0
-    estimator: Literal["grpo", "dr_grpo", "rloo", "none"] = "grpo"
-    credit: Literal["soft", "hard"] = "soft"
-    loss_scale: Literal["token_mean", "sequence_mean"] = "token_mean"
-    clip_low: float = Field(0.2, ge=0)
+    estimator: Literal["grpo", "dr_grpo", "rloo", "opo", "grpo_passk", "none"] = "grpo"
+    whiten: bool = Field(False, description="then: advantages minus mean, over std, of all trained tokens of the step")
+    credit: Literal["soft", "hard", "turn"] = Field(
+        "soft",
+        description="what rows that share a token get for it: each its own, their mean, AT2PO's value of the turn",
+    )
+    entropy_advantage: float = Field(
+        0.0, ge=0, description="AEPO's a: advantages times 1 + a * z(entropy of the token)"
+    )
+    overlong_share: float = Field(
+        0.0, ge=0, le=1, description="last part of rollout.max_response_tokens over which a path's reward falls by 1"
+    )
+    dynamic_sampling: int = Field(
+        0, ge=0, description="times a step that prompts whose paths all have one reward are replaced by the next ones"
+    )
+    loss_scale: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = Field(
+        "token_mean",
+        description="mean over tokens; over rows of the mean, the sum, the sum / loss_length of their tokens",
+    )
+    loss_length: PositiveInt = 1024
+    ratio: Literal["token", "turn", "sequence"] = Field("token", description="tokens that share one (geometric mean)")
+    clip: Literal["ppo", "gppo", "cispo", "sapo"] = Field("ppo", description="as ops.policy_loss; with dual_clip: dual")
+    clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.2, ge=0)
     dual_clip: float | None = Field(None, gt=1)
+    tau_positive: PositiveFloat = Field(1.0, description="of clip sapo")
+    tau_negative: PositiveFloat = Field(1.05, description="of clip sapo")
     old_logprob: Literal["sampler", "trainer"] = "sampler"
     importance_cap: PositiveFloat = Field(2.0, description="cap of the weight trainer/sampler probability")
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_coef: float = Field(0.0, ge=0, description="above 0 a copy of the first model is kept as the reference")
+    entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus")
     save_every: int = Field(0, ge=0, description="0: only at the end")
     eval_every: int = Field(0, ge=0, description="0: before the first and after the last step")
     resume: bool = False
+
+    @model_validator(mode="after")
+    def _dual_clip_has_a_use(self) -> TrainConfig:
+        if self.dual_clip is not None and self.clip in ("cispo", "sapo"):
+            raise ValueError(f"got dual_clip {self.dual_clip} with clip {self.clip!r}; expected clip ppo or gppo")
+        return self
 
 
 class EvalConfig(_Section):
@@ -283,6 +315,7 @@ class TrackingConfig(_Section):
 
 
 class Config(_Section):
+    algorithm: AlgorithmName | None = Field(None, description="of arpo_ext/algorithms.py; stands for the keys it lists")
     seed: int = Field(0, ge=0)
     output_dir: Path = Path("runs/run")
     model: ModelConfig = ModelConfig()
@@ -296,11 +329,25 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_algorithm(cls, values: Any) -> Any:
+        preset = _preset(values)
+        return values if preset is None else _merged(preset, values)
+
+    @model_validator(mode="after")
+    def _entropies_where_read(self) -> Config:
+        if self.train.entropy_advantage and self.rollout.entropies != "all":
+            got = f"train.entropy_advantage {self.train.entropy_advantage} with rollout.entropies"
+            raise ValueError(f"got {got} {self.rollout.entropies!r}; expected 'all'")
+        return self
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (None: all defaults), apply `a.b=value` overrides, check. Raises ConfigError.
 
-    An override's value is YAML: `rollout.paths=8`, `eval.modes=[greedy]`, `tools.python={}`.
+    An override's value is YAML: `rollout.paths=8`, `eval.modes=[greedy]`, `tools.python={}`. What is nearer the caller
+    wins: the keys of an overridden `algorithm` replace those of the file, other overrides replace both.
     """
     values: Any = {}
     if path is not None:
@@ -314,8 +361,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             values = {}
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} holds a {type(values).__name__}; expected a mapping of sections")
-    for override in overrides:
+    chosen = [override for override in overrides if override.startswith("algorithm=")]
+    for override in chosen:
         _apply_override(values, override)
+        values = _merged(values, _preset(values) or {})
+    for override in overrides:
+        if override not in chosen:
+            _apply_override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -325,6 +377,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def dump_config(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _preset(values: Any) -> Preset | None:
+    """The keys of the algorithm that `values` names; None if it names none that is known."""
+    name = values.get("algorithm") if isinstance(values, Mapping) else None
+    return ALGORITHMS[name]() if isinstance(name, str) and name in ALGORITHMS else None
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, sections key by key; a value of `over` wins."""
+    merged = {**under, **over}
+    for name in under.keys() & over.keys():
+        if isinstance(under[name], Mapping) and isinstance(over[name], Mapping):
+            merged[name] = {**under[name], **over[name]}
+    return merged
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -370,4 +437,7 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "value_error":
         return f"config section {key!r}: {fault['ctx']['error']}"
     got = fault["input"]
+    if key == "algorithm":
+        nearest = difflib.get_close_matches(str(got), ALGORITHMS, n=1, cutoff=0.0)
+        return f"config key 'algorithm' is {got!r}; the nearest known algorithm is {nearest[0]!r}"
     return f"config key {key!r} is {got!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"

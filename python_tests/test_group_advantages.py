@@ -273,6 +273,21 @@ def test_a_segment_without_entropy_spoils_what_is_above_it_alone():
         assert got.isnan().tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("credit", "own"), [("mean", "grpo"), ("turn", "at2po"), ("prefix", "appo")])
+@pytest.mark.parametrize("estimator", ["none", "rloo", "at2po", "appo"])
+def test_any_credit_goes_with_any_estimator(estimator, credit, own, backend):
+    reward, tree, parent, ends = made_forest(30, 4, seed=5)
+    more = extras(30, parent.numel(), seed=5)
+    forest = {"parent": parent, "leaf_segment": ends, **more}
+    got = ops.group_advantages(reward, tree, estimator=estimator, credit=credit, backend=backend, **forest)
+    leaf = naive(reward.tolist(), tree.tolist(), estimator, subgroup=more["subgroup"].tolist())
+    close(got.leaf, leaf)
+    segment, pair = expected_segments(own, leaf, parent.tolist(), ends.tolist(), more)
+    close(got.segment, segment)
+    close(got.segment_pair, pair, scale=30)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_any_entropies_weigh_turns(backend):
     """Weights are relative to the largest: e^2000 is no number in float64."""
@@ -397,6 +412,10 @@ def test_it_is_captured_in_a_cuda_graph():
         ({"estimator": "tree_grpo"}, "got no subgroup; estimator 'tree_grpo' expects it"),
         ({"estimator": "at2po"}, "got no segment_entropy; estimator 'at2po' expects it"),
         ({"estimator": "at2po", "segment_entropy": torch.zeros(1)}, "got no parent; estimator 'at2po' expects it"),
+        ({"credit": "turns"}, "got credit 'turns'; expected mean, turn, prefix or None"),
+        ({"credit": "prefix"}, "got no subgroup; credit 'prefix' expects it"),
+        ({"credit": "turn"}, "got no segment_entropy; credit 'turn' expects it"),
+        ({"credit": "turn", "segment_entropy": torch.zeros(1)}, "got no parent; credit 'turn' expects it"),
         ({"estimator": "opo", "length": torch.ones(2)}, "got length of torch.float32; expected torch.int64"),
         ({"estimator": "appo", "subgroup": int64([0])}, r"got subgroup of shape \[1\]; expected \[2\]"),
         ({"estimator": "appo", "subgroup": int64([0, 2])}, "got subgroup index 2 at leaf 1; expected 0 to 1"),

@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "arpo_ext"
 
-DATA = {"types", "errors", "config"}
+DATA = {"types", "errors", "config", "algorithms"}
 ABOVE = DATA | {"render", "data", "model", "tracking"}
 
 # folder or module -> (ours it may import, third party it may import)
 LAYERS = {
     "types": (set(), set()),
     "errors": (set(), set()),
+    "algorithms": (set(), set()),
     "config": (DATA, {"yaml", "pydantic"}),
     "ops": ({"ops", "types"}, {"torch", "numpy"}),
     "render": (DATA, {"transformers"}),

@@ -48,7 +48,7 @@ class Bandit:
         self.calls: list[tuple[str, int]] = []
         self.drawn: list[list[str]] = []
 
-    def collect(self, prompts, step):
+    def collect(self, prompts, step, attempt):
         self.calls.append(("collect", step))
         self.drawn.append([prompt.id for prompt in prompts])
         if step == self.die_at:

@@ -21,7 +21,8 @@ segment gets, over the leaves below it (those whose path holds it), A being thei
     segment        mean(A)                                          "hard" credit of ARPO, arXiv 2507.19849
     segment_pair   [sum(w * max(A, 0)), sum(w * min(A, 0))]         exact under clipping: see `policy_loss`
 
-Two estimators credit segments by a rule of their own, with one value V for all rows that share the segment:
+Two estimators credit segments by a rule of their own (`credit` combines it with other estimators), with one value V
+for all rows that share the segment:
 
     at2po  V = sum(e^H(c) V(c)) / sum(e^H(c)) over the children c that lead to a leaf, H = segment_entropy; V of a leaf
            is its advantage, and a leaf counts with the entropy of the segment it ends in
@@ -72,7 +73,8 @@ ESTIMATORS = {
 }
 _WITH_SUBGROUP = ("tree_grpo", "tree_grpo_sum", "appo")
 _WITH_LENGTH = ("opo", "reinforce_pp_baseline")
-_CREDIT = {"at2po": _segment_advantages.TURN, "appo": _segment_advantages.PREFIX}
+_CREDITS = {"mean": _segment_advantages.MEAN, "turn": _segment_advantages.TURN, "prefix": _segment_advantages.PREFIX}
+_OWN_CREDIT = {"at2po": "turn", "appo": "prefix"}
 
 
 class Advantages(NamedTuple):
@@ -94,6 +96,7 @@ def group_advantages(
     subgroup: Tensor | None = None,
     segment_entropy: Tensor | None = None,
     leaf_weight: Tensor | None = None,
+    credit: str | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Advantages:
@@ -108,6 +111,8 @@ def group_advantages(
         number of the tree among those of a prompt, `tree` being the prompt's) and appo (see above) need it.
     segment_entropy: [S] like reward, nats, finite; at2po needs it, and parent and leaf_segment.
     leaf_weight: [L] like reward, at least 0, default 1; it enters `segment_pair` only.
+    credit: "mean", "turn" (at2po's rule, needs segment_entropy) or "prefix" (appo's, needs subgroup) for the segments;
+        None: the estimator's own, which is the mean for those without a rule.
     What an estimator has no use for is not looked at.
 
     A segment above no leaf gets zeros. ValueError: shape, dtype, device, estimator or (on the CPU) an index or a length
@@ -126,17 +131,20 @@ def group_advantages(
         raise ValueError(f"group_advantages: got no {missing}; expected parent and leaf_segment, or neither")
     if not eps >= 0:
         raise ValueError(f"group_advantages: got eps {eps}; expected at least 0")
-    subgroup = _wanted("subgroup", subgroup, estimator, estimator in _WITH_SUBGROUP)
+    if credit is not None and credit not in _CREDITS:
+        raise ValueError(f"group_advantages: got credit {credit!r}; expected {', '.join(_CREDITS)} or None")
+    credit = credit or _OWN_CREDIT.get(estimator, "mean")
+    subgroup = _wanted("subgroup", subgroup, estimator, credit, estimator in _WITH_SUBGROUP or credit == "prefix")
     if estimator != "reinforce_pp_baseline" or length is not None:
-        length = _wanted("length", length, estimator, estimator in _WITH_LENGTH)
-    segment_entropy = _wanted("segment_entropy", segment_entropy, estimator, estimator == "at2po")
+        length = _wanted("length", length, estimator, credit, estimator in _WITH_LENGTH)
+    segment_entropy = _wanted("segment_entropy", segment_entropy, estimator, credit, credit == "turn")
     for name, tensor in (("subgroup", subgroup), ("length", length)):
         if tensor is not None:
             _check(name, tensor, torch.int64, leaves, device)
     chosen = choose("group_advantages", _LEAVES, backend, reward)
     leaf = chosen.run(reward.detach(), tree, subgroup, length, ESTIMATORS[estimator], float(eps))
     if parent is None or leaf_segment is None:
-        _wanted("parent", parent, estimator, estimator == "at2po")
+        _wanted("parent", parent, estimator, credit, credit == "turn")
         return Advantages(leaf, None, None)
     _check("parent", parent, torch.int64, None, device)
     _check("leaf_segment", leaf_segment, torch.int64, leaves, device)
@@ -147,15 +155,16 @@ def group_advantages(
         _check("segment_entropy", segment_entropy, reward.dtype, parent.numel(), device)
         segment_entropy = segment_entropy.detach()
     chosen = choose("group_advantages", _SEGMENTS, backend, reward)
-    credit = _CREDIT.get(estimator, _segment_advantages.MEAN)
-    branch = subgroup if credit == _segment_advantages.PREFIX else None
-    return Advantages(leaf, *chosen.run(leaf, parent, leaf_segment, leaf_weight, segment_entropy, branch, credit))
+    branch = subgroup if credit == "prefix" else None
+    run = chosen.run(leaf, parent, leaf_segment, leaf_weight, segment_entropy, branch, _CREDITS[credit])
+    return Advantages(leaf, *run)
 
 
-def _wanted(name: str, tensor: Tensor | None, estimator: str, wanted: bool) -> Tensor | None:
-    """The tensor if the estimator reads it, else None."""
+def _wanted(name: str, tensor: Tensor | None, estimator: str, credit: str, wanted: bool) -> Tensor | None:
+    """The tensor if the estimator or the credit reads it, else None."""
     if wanted and tensor is None:
-        raise ValueError(f"group_advantages: got no {name}; estimator {estimator!r} expects it")
+        reader = f"estimator {estimator!r}" if _OWN_CREDIT.get(estimator, "mean") == credit else f"credit {credit!r}"
+        raise ValueError(f"group_advantages: got no {name}; {reader} expects it")
     return tensor if wanted else None
 
 

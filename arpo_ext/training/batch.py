@@ -1,8 +1,8 @@
 """From credited trees to micro-batches of flat rows: one row per leaf, its whole path.
 
 Only tokens the model sampled are trained: never the prompt, a tool result or any other text put into the path.
-A row whose advantages are all zero adds nothing to the gradient and is left out, but its weight stays in the
-normaliser, so leaving it out changes the cost and not the update.
+A row whose advantages are all zero adds nothing to the gradient (unless there is a KL or an entropy term) and is left
+out, but its share stays in the normaliser, so leaving it out changes the cost and not the update.
 
 Rows are padded on the right and no attention mask is made: with causal attention a token never sees the padding behind
 it, the padding's own outputs are not read, and kernels keep their fast causal form (a dense mask costs twice the time).
@@ -37,12 +37,14 @@ class PolicyRow(Row):
 
     sampler_logprob: as recorded while sampling, NaN where none was. advantage: per token. weight: the token's share in
     the loss before normalisation. turn: int64 [T], which turn of the model within the row; read at trained tokens only.
+    share: what the row adds to the normaliser.
     """
 
     sampler_logprob: Tensor
     advantage: Tensor
     weight: Tensor
     turn: Tensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class PolicyBatch:
 class Update:
     """What one optimiser step trains on.
 
-    normalizer: sum of weight over all its rows, those left out included. spare: some of the rows left out, to measure
+    normalizer: sum of the shares of all its rows, those left out included. spare: some of the rows left out, to measure
     entropy and sampler gap with when nothing is trained.
     """
 
@@ -95,12 +97,13 @@ def plan_updates(trees: Sequence[CreditedTree], config: TrainConfig, *, seed: in
     for part in range(config.updates_per_step):
         indices = order[part :: config.updates_per_step]
         rows = [row for index in indices for row in tree_rows(trees[index], config)]
-        effective = [bool((row.advantage * row.weight).any()) for row in rows]
+        always = config.kl_coef > 0 or config.entropy_coef > 0
+        effective = [bool((row.trained if always else row.advantage * row.weight).any()) for row in rows]
         kept = [row for row, counts in zip(rows, effective, strict=True) if counts]
         idle = [row for row, counts in zip(rows, effective, strict=True) if row.trained.any() and not counts]
         measured = idle[: config.micro_batch_rows]
         spare = policy_batch(measured, config, pad_token) if measured else weightless_batch(pad_token)
-        normalizer = sum(float(row.weight.sum(dtype=torch.float64)) for row in rows)
+        normalizer = sum(row.share for row in rows)
         updates.append(Update(micro_batches(kept, config, pad_token), normalizer, spare))
     return updates
 
@@ -108,8 +111,13 @@ def plan_updates(trees: Sequence[CreditedTree], config: TrainConfig, *, seed: in
 def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
     """One row per leaf of the tree; nothing is trained in that of a path that was cut from outside.
 
-    credit soft: every token has the advantage of its own leaf. hard: the mean over the leaves that share it.
-    loss_scale token_mean: weight 1. sequence_mean: weight 1/|y_i|, |y_i| the trained tokens of the row (paper Eq. 6).
+    credit soft: every token has the advantage of its own leaf. hard, turn: that of its segment.
+    loss_scale, |y_i| being the trained tokens of row i, which needs at least one:
+
+        token_mean     weight 1        share |y_i|          DAPO
+        sequence_mean  weight 1/|y_i|  share 1              GRPO; ARPO Eq. 6
+        sequence_sum   weight 1        share 1              RLOO
+        constant       weight 1        share loss_length    Dr. GRPO
     """
     tree = credited.tree
     parts = [_segment_columns(segment, tree.prompt_id, config) for segment in tree.segments]
@@ -121,15 +129,17 @@ def tree_rows(credited: CreditedTree, config: TrainConfig) -> list[PolicyRow]:
         if leaf.end.is_forced:
             # Where a path was cut says nothing about the tokens before.
             trained[:] = False
-        if config.credit == "hard":
+        if config.credit != "soft":
             lengths = torch.tensor([len(tree.segments[i].tokens) for i in path])
             advantage = credited.segment[path].repeat_interleave(lengths)
         else:
             advantage = torch.full(tokens.shape, leaf.advantage)
-        weight = trained.float()
-        if config.loss_scale == "sequence_mean":
-            weight /= weight.sum().clamp(min=1)
-        rows.append(PolicyRow(tokens, trained, sampler_logprob, advantage, weight, _turns(tree, path)))
+        if credited.factor is not None:
+            advantage = advantage * torch.cat([credited.factor[i] for i in path])
+        length = int(trained.sum())
+        weight = trained / max(length, 1) if config.loss_scale == "sequence_mean" else trained.float()
+        share = {"token_mean": length, "constant": config.loss_length}.get(config.loss_scale, 1) if length else 0
+        rows.append(PolicyRow(tokens, trained, sampler_logprob, advantage, weight, _turns(tree, path), float(share)))
     return rows
 
 
@@ -186,7 +196,7 @@ def weightless_batch(pad_token: int) -> PolicyBatch:
     """Two tokens, one position, nothing trained: what a rank runs while another still has micro-batches."""
     tokens, zero, first = torch.full((1, 2), pad_token), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     text = TokenBatch(tokens, first, tokens[:, 1:], torch.zeros(1, 1, dtype=torch.bool))
-    return PolicyBatch(text, TokenColumns(zero, zero, zero, first, first))
+    return PolicyBatch(text, TokenColumns(zero, zero, zero, first, first, ref_logprob=zero))
 
 
 def _padded(columns: Sequence[Tensor], fill: float) -> Tensor:

@@ -1,19 +1,21 @@
-"""The training loop: collect -> score -> batch -> steps -> push weights -> log -> evaluate, save.
+"""The training loop: collect -> score -> credit -> batch -> steps -> push weights -> log -> evaluate, save.
 
 What it leaves out, on purpose: how trees are sampled, how they are scored, how weights reach the sampler and how a
-model is evaluated are arguments; there is no reference model (no KL term), no learning-rate schedule and no replay of
-older trees. Every process draws its own share of the prompts and owns a sampler; `accelerate` joins the gradients.
+model is evaluated are arguments; there is no learning-rate schedule and no replay of older trees. Every process draws
+its own share of the prompts and owns a sampler; `accelerate` joins the gradients.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,17 +27,11 @@ from arpo_ext.data import append_trees, draw_order
 from arpo_ext.errors import CheckpointError, DataError
 from arpo_ext.tracking import Tracker
 from arpo_ext.training import checkpoint
-from arpo_ext.training.advantages import credit_trees
+from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
+from arpo_ext.training.gather import Collected, gather_trees, has_spread
 from arpo_ext.training.step import global_sum, policy_step, prepare
 from arpo_ext.types import Prompt, RolloutTree
-
-
-class Collected(Protocol):
-    """What `collect` returns: one tree per prompt and the `rollout/*` metrics (those of rank 0 are logged)."""
-
-    trees: Sequence[RolloutTree]
-    metrics: Mapping[str, float]
 
 
 def train(
@@ -43,7 +39,7 @@ def train(
     *,
     model: nn.Module,
     prompts: Sequence[Prompt],
-    collect: Callable[[Sequence[Prompt], int], Collected],
+    collect: Callable[[Sequence[Prompt], int, int], Collected],
     score: Callable[[Sequence[RolloutTree]], Sequence[RolloutTree]],
     push: Callable[[nn.Module], float],
     evaluate: Callable[[int], Mapping[str, float]],
@@ -52,13 +48,17 @@ def train(
 ) -> None:
     """Train `model` for `config.train.steps` steps and leave its folder in `config.output_dir / "model"`.
 
-    collect(prompts, step) and evaluate(step) must take their randomness from `step` or from the global generators: then
-    a killed run that resumes equals one that was not killed. push(model) returns its seconds. evaluate runs before the
-    first step, after the last and every `eval_every` steps. A fresh run refuses a folder that holds checkpoints.
+    collect(prompts, step, attempt) and evaluate(step) must take their randomness from their arguments or from the
+    global generators: then a killed run that resumes equals one that was not killed. attempt is 0, or counts the times
+    that `dynamic_sampling` filled up the step. push(model) returns its seconds. evaluate runs before the first step,
+    after the last and every `eval_every` steps. A fresh run refuses a folder that holds checkpoints.
     """
     settings = config.train
+    # Before a checkpoint is loaded: the policy that the KL term keeps to is the one the run began with.
+    reference = copy.deepcopy(model).requires_grad_(False).eval() if settings.kl_coef > 0 else None
     accelerator, model, optimizer = prepare(model, settings)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if reference is not None:
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
     pad_token = tokenizer.pad_token_id or 0
     identity = {"seed": config.seed, "prompts": _digest(prompts)}
     parts = {"accelerator": accelerator, "model": model, "optimizer": optimizer}
@@ -76,26 +76,42 @@ def train(
 
     with tracker.progress(settings.steps, "steps", initial=state.step, leave=True) as bar:
         for step in range(state.step + 1, settings.steps + 1):
-            drawn = draw_order(len(prompts), config.seed, state.position, settings.prompts_per_step)
-            collected = collect([prompts[i] for i in drawn[rank::ranks]], step)
-            credited = credit_trees(score(collected.trees), estimator=settings.estimator)
+            gathered = gather_trees(
+                accelerator,
+                partial(_draw, prompts, config.seed, state.position),
+                lambda own, attempt, step=step: collect(own, step, attempt),
+                score,
+                prompts=settings.prompts_per_step,
+                tries=settings.dynamic_sampling,
+            )
+            credited = credit_trees(
+                gathered.trees,
+                **{name: getattr(settings, name) for name in CREDIT_KEYS},
+                response_limit=config.rollout.max_response_tokens,
+                global_sum=partial(global_sum, accelerator),
+            )
             trees = [c.tree for c in credited]
 
             started = time.perf_counter()
             updates = plan_updates(credited, settings, seed=config.seed + step, pad_token=pad_token)
             metrics = policy_step(
-                **parts, updates=updates, config=settings, temperature=config.rollout.temperature, pad_token=pad_token
+                **parts,
+                updates=updates,
+                config=settings,
+                temperature=config.rollout.temperature,
+                pad_token=pad_token,
+                reference=reference,
             )
             metrics["train/seconds"] = time.perf_counter() - started
             metrics["push/seconds"] = push(accelerator.unwrap_model(model))
 
-            metrics = {**_reward_metrics(accelerator, trees), **collected.metrics, **metrics}
+            metrics = {**_reward_metrics(accelerator, gathered.scored), **gathered.metrics, **metrics}
             tracker.log(step, "train", metrics)
             if accelerator.is_main_process:
                 kept = trees[: config.tracking.trees_per_step]
                 stamped = [replace(tree, metadata={**tree.metadata, "step": step}) for tree in kept]
                 append_trees(config.output_dir / "trees.jsonl", stamped)
-            state = checkpoint.RunState(step, state.position + len(drawn))
+            state = checkpoint.RunState(step, state.position + gathered.drawn)
             if step == settings.steps or _due(step, settings.eval_every):
                 tracker.log(step, "eval", evaluate(step))
             if step == settings.steps or _due(step, settings.save_every):
@@ -103,6 +119,10 @@ def train(
             bar.set_postfix({"reward": f"{metrics['reward/mean']:.3f}"}, refresh=False)
             bar.update()
     checkpoint.save_model(config.output_dir / "model", accelerator=accelerator, model=model, tokenizer=tokenizer)
+
+
+def _draw(prompts: Sequence[Prompt], seed: int, position: int, start: int, count: int) -> list[Prompt]:
+    return [prompts[i] for i in draw_order(len(prompts), seed, position + start, count)]
 
 
 def _due(step: int, every: int) -> bool:
@@ -126,15 +146,20 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _reward_metrics(accelerator: Accelerator, trees: Sequence[RolloutTree]) -> dict[str, float]:
-    """Mean and population standard deviation of the reward, and mean accuracy, over all leaves of all ranks."""
+    """Mean and population standard deviation of the reward, and mean accuracy, over all leaves of all ranks.
+
+    `reward/flat_groups` is the share of trees whose leaves all have one reward and therefore no advantage.
+    """
     reward = torch.tensor([leaf.reward for tree in trees for leaf in tree.leaves], dtype=torch.float64)
     accuracy = [math.nan if leaf.accuracy is None else leaf.accuracy for tree in trees for leaf in tree.leaves]
-    count, total, squares, correct = global_sum(
-        accelerator, [len(reward), float(reward.sum()), float(reward.square().sum()), sum(accuracy)]
+    flat = sum(not has_spread(tree) for tree in trees)
+    count, total, squares, correct, flat, groups = global_sum(
+        accelerator, [len(reward), float(reward.sum()), float(reward.square().sum()), sum(accuracy), flat, len(trees)]
     )
     mean = total / count
     return {
         "reward/mean": mean,
         "reward/accuracy": correct / count,
         "reward/std": math.sqrt(max(squares / count - mean**2, 0.0)),
+        "reward/flat_groups": flat / groups,
     }

@@ -4,9 +4,9 @@ Which old log-probability the ratio is taken against (`train.old_logprob`):
 
 sampler: ratio = p_trainer / p_sampler, both at the sampling temperature. It corrects for the old policy and for the
 numerical gap between sampler and trainer at once and costs no extra forward. As in truncated importance sampling the
-ratio is cut at `importance_cap` C with its gradient kept: a token contributes min(ratio, C) * A * grad log p, never
-more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad tokens (A < 0), where PPO's does not. A
-`dual_clip` below the cap acts first, and drops the gradient of such tokens.
+ratio (of the token, the turn or the sequence) is cut at `importance_cap` C with its gradient kept: it contributes
+min(ratio, C) * A * grad log p, never more. PPO's own clip bounds the ratio of good tokens already; the cap bounds bad
+ones (A < 0), where PPO's does not. A `dual_clip` below the cap acts first, and drops the gradient of such tokens.
 
 trainer: the ratio is taken against the trainer's own log-probability before the first update of the step, as in the
 published code; the sampler's gap is measured and not corrected. With one update per step the ratio is 1 and its
@@ -38,6 +38,7 @@ class TokenColumns:
     row, turn: int64 [N], numbers below N of the rollout and of the turn of the model that hold the token; no two
         rows share a turn, and all tokens of a row are in one micro-batch.
     old_logprob: float32 [N] that the ratio is taken against; None: the trainer's own at the time of the update.
+    ref_logprob: float32 [N] of the reference model; needed if `train.kl_coef` is above 0.
     """
 
     sampler_logprob: Tensor
@@ -46,6 +47,7 @@ class TokenColumns:
     row: Tensor
     turn: Tensor
     old_logprob: Tensor | None = None
+    ref_logprob: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenColumns:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -63,18 +65,28 @@ def objective(
     trained = columns.weight > 0
     current = logprob.detach()
     old = current if columns.old_logprob is None else columns.old_logprob
-    # What the clip sees; raising the old log-probability keeps the gradient, cutting the ratio itself would lose it.
-    base = torch.maximum(old, current - math.log(config.importance_cap)) if config.old_logprob == "sampler" else old
+    group = {"token": None, "turn": columns.turn, "sequence": columns.row}[config.ratio]
+    base = _capped(old, current, trained, group, config.importance_cap) if config.old_logprob == "sampler" else old
     loss, sums = ops.policy_loss(
         logprob,
         base,
         columns.advantage,
         columns.weight,
         normalizer=normalizer,
+        ratio=config.ratio,
+        segment=columns.turn if config.ratio == "turn" else None,
+        row=columns.row if config.ratio == "sequence" else None,
+        clip="dual" if config.clip == "ppo" and config.dual_clip is not None else config.clip,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        clip="ppo" if config.dual_clip is None else "dual",
+        tau_positive=config.tau_positive,
+        tau_negative=config.tau_negative,
+        ref_logprob=columns.ref_logprob,
+        kl=config.kl if config.kl_coef > 0 else None,
+        kl_coef=config.kl_coef,
+        entropy=entropy if config.entropy_coef > 0 else None,
+        entropy_coef=config.entropy_coef,
     )
     measured = trained & columns.sampler_logprob.isfinite()
     gap = torch.where(measured, (current - columns.sampler_logprob).abs(), 0.0)
@@ -84,8 +96,27 @@ def objective(
         "entropy": torch.where(trained, entropy.detach(), 0.0).sum(),
         "weight": sums.weight,
         "clipped": sums.clipped,
+        "clipped_high": sums.clipped_high,
+        "clipped_low": sums.clipped_low,
+        "ref_kl": sums.ref_kl_k3,
         "gap": gap.sum(),
         "gap_tokens": measured.sum(),
         "gap_max": gap.max(),
         "log_ratio_max": torch.where(trained, current - old, -torch.inf).max(),
     }
+
+
+def _capped(old: Tensor, current: Tensor, trained: Tensor, group: Tensor | None, cap: float) -> Tensor:
+    """What the ratio is taken against so that no group's is above `cap`.
+
+    Raising the old log-probability keeps the gradient, cutting the ratio itself would lose it. For a mean over a group,
+    all its tokens are raised alike. group: [N]; None: every token by itself.
+    """
+    if group is None:
+        return torch.maximum(old, current - math.log(cap))
+    counted = trained.to(current.dtype)
+    log_ratio = torch.where(trained, current - old, 0.0)
+    sums = torch.zeros(2, len(group), dtype=current.dtype, device=current.device)
+    total, count = sums.index_add(1, group, torch.stack([log_ratio, counted]))
+    excess = (total / count.clamp(min=1) - math.log(cap)).clamp(min=0)
+    return old + excess[group]

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -85,15 +86,19 @@ def policy_step(
     *,
     temperature: float,
     pad_token: int,
+    reference: nn.Module | None = None,
 ) -> dict[str, float]:
     """Run the updates of one step. Returns the `train/*` metrics over all ranks; NaN where there was no token.
 
     Entropy and sampler gap are means over the trained tokens of rows with a non-zero advantage. The gap is taken in the
     first update, before any weight has moved. An update in which no rank has a row is skipped; if all are, the metrics
-    are those of a few rows without advantage.
+    are those of a few rows without advantage. reference: in evaluation mode; needed if `config.kl_coef` is above 0.
     """
+    measure = partial(_with_logprobs, accelerator=accelerator, temperature=temperature)
     if config.old_logprob == "trainer" and len(updates) > 1:
-        updates = [_with_trainer_logprobs(accelerator, model, update, temperature) for update in updates]
+        updates = [measure(update, "old_logprob", model) for update in updates]
+    if reference is not None:
+        updates = [measure(update, "ref_logprob", reference) for update in updates]
     records: list[list[dict[str, Tensor]]] = []
     norms: list[float] = []
     for update in updates:
@@ -110,9 +115,10 @@ def policy_step(
         norms.append(apply_gradients(accelerator, model, optimizer, config.grad_clip))
     if not records:
         with torch.no_grad():
-            _, statistics = batch_loss(model, updates[0].spare.to(accelerator.device), config, 1.0, temperature)
+            measured = config.model_copy(update={"kl_coef": 0.0})
+            _, statistics = batch_loss(model, updates[0].spare.to(accelerator.device), measured, 1.0, temperature)
         records, norms = [[statistics]], [0.0]
-    return _metrics(accelerator, records, norms)
+    return _metrics(accelerator, records, norms, referenced=reference is not None)
 
 
 def batch_loss(
@@ -135,29 +141,41 @@ def global_max(accelerator: Accelerator, values: Sequence[float]) -> list[float]
     return accelerator.gather(local).amax(dim=0).tolist()
 
 
-def _with_trainer_logprobs(accelerator: Accelerator, model: nn.Module, update: Update, temperature: float) -> Update:
-    filled = []
-    with torch.no_grad():
-        for batch in update.micro_batches:
-            logprob, _ = token_statistics(model, batch.text.to(accelerator.device), temperature)
-            filled.append(replace(batch, columns=replace(batch.columns, old_logprob=logprob.flatten())))
-    return replace(update, micro_batches=filled)
+def _with_logprobs(
+    update: Update, column: str, model: nn.Module, *, accelerator: Accelerator, temperature: float
+) -> Update:
+    """The update with the column of its micro-batches filled by `model`."""
+
+    @torch.no_grad()
+    def filled(batch: PolicyBatch) -> PolicyBatch:
+        logprob, _ = token_statistics(model, batch.text.to(accelerator.device), temperature)
+        return replace(batch, columns=replace(batch.columns, **{column: logprob.flatten()}))
+
+    return replace(update, micro_batches=[filled(batch) for batch in update.micro_batches])
 
 
 def _metrics(
-    accelerator: Accelerator, records: Sequence[Sequence[dict[str, Tensor]]], norms: Sequence[float]
+    accelerator: Accelerator,
+    records: Sequence[Sequence[dict[str, Tensor]]],
+    norms: Sequence[float],
+    *,
+    referenced: bool,
 ) -> dict[str, float]:
     """The statistics of every batch of every update, over all ranks; the gap is that of the first update."""
     everything = [statistics for record in records for statistics in record]
-    values = [_total(everything, name) for name in ("loss", "tokens", "entropy", "weight", "clipped")]
-    values += [_total(records[0], name) for name in ("gap", "gap_tokens")]
-    loss, tokens, entropy, weight, clipped, gap, gap_tokens = global_sum(accelerator, values)
+    counted = ("loss", "tokens", "entropy", "weight", "clipped", "clipped_high", "clipped_low", "ref_kl")
+    values = [_total(everything, name) for name in counted] + [_total(records[0], n) for n in ("gap", "gap_tokens")]
+    loss, tokens, entropy, weight, *weighted, gap, gap_tokens = global_sum(accelerator, values)
+    clipped, high, low, ref_kl = (value / weight if weight else math.nan for value in weighted)
     maxima = [_largest(records[0], "gap_max"), _largest(everything, "log_ratio_max")]
     gap_max, log_ratio_max = global_max(accelerator, maxima)
     return {
         "train/loss": loss / len(records),
         "train/grad_norm": sum(norms) / len(norms),
-        "train/clip_fraction": clipped / weight if weight else math.nan,
+        "train/clip_fraction": clipped,
+        "train/clip_fraction_high": high,
+        "train/clip_fraction_low": low,
+        **({"train/ref_kl": ref_kl} if referenced else {}),
         "train/entropy": entropy / tokens if tokens else math.nan,
         "train/logprob_gap_mean": gap / gap_tokens if gap_tokens else math.nan,
         "train/logprob_gap_max": gap_max if gap_tokens else math.nan,
