@@ -58,12 +58,6 @@ def of_bias(logits, labels, temperature, backend):
 OPS = {"logprob_entropy": of_logits, "logits_stats": of_stats, "linear_logprob_entropy": of_bias}
 
 
-def serving(op, backend):
-    if op == "logits_stats" and backend == "triton":
-        pytest.skip("logits_stats has no Triton kernel")
-    return OPS[op]
-
-
 def exactly(logits, labels, temperature=1.0):
     """The definition in float64; -inf counts as probability 0."""
     log_p = (logits.double() / temperature).log_softmax(-1)
@@ -107,7 +101,7 @@ def test_hostile_rows(backend, op, dtype, temperature):
     device = device_of(backend)
     logits = torch.stack([row for row, _ in ROWS.values()]).to(device, dtype)
     labels = torch.tensor([label for _, label in ROWS.values()], device=device)
-    results = serving(op, backend)(logits, labels, temperature, backend)
+    results = OPS[op](logits, labels, temperature, backend)
     for ours, exact in zip(results, exactly(logits, labels, temperature), strict=True):
         assert ours.dtype == torch.float32
         for name, a, e in zip(ROWS, ours.tolist(), exact.tolist(), strict=True):
@@ -128,7 +122,7 @@ def test_entropy_of_a_row_of_probability_1_minus_1e_6(backend, op, vocab, spread
     d = (logits[0].double() - logits[0, -1])[:-1].cpu()
     s, a = d.exp().sum().item(), (d * d.exp()).sum().item()
     assert s == pytest.approx(1e-6, rel=1e-5)
-    logprob, entropy = serving(op, backend)(logits, label, 1.0, backend)
+    logprob, entropy = OPS[op](logits, label, 1.0, backend)
     assert entropy.item() == pytest.approx(math.log1p(s) - a / (1 + s), rel=1e-6, abs=0)
     assert logprob.item() == pytest.approx(-math.log1p(s), rel=1e-6, abs=0)
 
@@ -137,7 +131,7 @@ def test_entropy_of_a_row_of_probability_1_minus_1e_6(backend, op, vocab, spread
 def test_one_column(backend, op):
     logits = torch.tensor([[3.0], [-1e4], [0.0]], device=device_of(backend))
     labels = torch.zeros(3, dtype=torch.int64, device=logits.device)
-    for result in serving(op, backend)(logits, labels, 0.5, backend):
+    for result in OPS[op](logits, labels, 0.5, backend):
         assert result.tolist() == [0, 0, 0]
 
 
@@ -153,8 +147,6 @@ def test_more_than_2_to_the_31_elements(backend, op):
     labels = torch.full((rows,), vocab - 1, device=row.device)
     assert rows * vocab > 2**31
     function = ops.logprob_entropy if op == "logprob_entropy" else ops.logits_stats
-    if op == "logits_stats" and backend == "triton":
-        pytest.skip("logits_stats has no Triton kernel")
     if backend == "reference":
         pytest.skip("plain torch copies the whole")
     logprob, entropy = function(row.expand(rows, vocab), labels, mask=mask, backend=backend)[:2]
@@ -240,9 +232,8 @@ def test_every_op_tells_the_same_of_the_same_rows(backend, case, ignored):
     first = of_logits(logits, labels, torch.tensor(temperature, device=logits.device), backend)
     assert first[0][ignored:].count_nonzero() == 0
     for op in OPS:
-        if not (op == "logits_stats" and backend == "triton"):
-            for a, b in zip(first, OPS[op](logits, labels, temperature, backend), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+        for a, b in zip(first, OPS[op](logits, labels, temperature, backend), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
 
 
 LABELS = torch.tensor([3, 64, -100])

@@ -37,6 +37,7 @@ LAYERS = {
 EXTRAS = {
     "ops/_triton.py": {"triton"},
     "ops/_triton_rows.py": {"triton"},
+    "ops/logits_stats_triton.py": {"triton"},
     "ops/logprob_entropy_triton.py": {"triton"},
     "ops/linear_logprob_entropy_triton.py": {"triton"},
     "ops/_triton_policy.py": {"triton"},

@@ -31,6 +31,7 @@ LEFT_OUT = [
 ]
 INTERPRETED = " and ".join(["triton", *(f"not ({what})" for what in LEFT_OUT)])
 FILES = ["test_triton_kernels.py", "test_logprob_entropy.py", "test_shards.py", "test_linear_logprob_entropy.py"]
+FILES.append("test_logits_stats.py")
 FILES += [f"test_policy_loss{part}.py" for part in ("", "_edges", "_forms", "_gradients")]
 FILES.append("test_exactness.py")
 
@@ -80,6 +81,7 @@ POINTERS |= dict.fromkeys(("hidden", "weight", "bias"), "T")
 POINTERS |= dict.fromkeys(
     ("temperatures", "logprob", "entropy", "stats", "partials", "grad_logprob", "grad_entropy"), "fp32"
 )
+POINTERS |= dict.fromkeys(("logsumexp", "sum_p2", "argmax_logprob"), "fp32") | {"argmax": "i64", "firsts": "i32"}
 OF_TOKENS = ("old_logprob", "advantage", "weight", "ref_logprob", "importance", "ratios", "leaf_weight")
 POLICY_POINTERS = dict.fromkeys((*OF_TOKENS, "loss_out", "gradient_out", "entropy_gradient_out"), "fp32")
 POLICY_POINTERS |= dict.fromkeys(("normalizer_tensor", "kl_coef_tensor", "entropy_coef_tensor", "partials"), "fp64")
@@ -153,15 +155,21 @@ ARCHITECTURES = [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "bf16"), (90, "f
 @pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
 @pytest.mark.parametrize(("capability", "dtype"), ARCHITECTURES)
 def test_rows_compile_without_spills_and_with_16_byte_accesses(capability, dtype, tmp_path):
+    from arpo_ext.ops import _triton_rows as rows
+    from arpo_ext.ops import logits_stats_triton as stats
     from arpo_ext.ops import logprob_entropy_triton as kernels
 
-    forward, backward = kernels._forward_tile(DTYPES[dtype]), kernels._backward_tile(DTYPES[dtype])
-    warps = {"num_warps": kernels._WARPS}
+    forward, backward = rows.forward_tile(DTYPES[dtype]), kernels._backward_tile(DTYPES[dtype])
+    warps = {"num_warps": rows.WARPS}
     one_read = compiled(
         kernels.forward_kernel, capability, dtype, forward, warps, ("partials", "running", "temperatures")
     )
     assert set(local_memory(one_read, tmp_path)) == {0}
-    assert wide(one_read, "ld") == 2 * kernels._PACKS_PER_THREAD  # before the loop and in it
+    assert wide(one_read, "ld") == 2 * rows.PACKS_PER_THREAD  # before the loop and in it
+    for absent in (("partials", "firsts", "temperatures"), ()) if capability == 90 else ((),):
+        of_stats = compiled(stats.stats_kernel, capability, dtype, forward, warps, absent)
+        assert set(local_memory(of_stats, tmp_path)) == {0}
+        assert wide(of_stats, "ld") == 2 * rows.PACKS_PER_THREAD
     gradient = compiled(kernels.backward_kernel, capability, dtype, backward, warps)
     assert set(local_memory(gradient, tmp_path)) == {0}
     assert (wide(gradient, "ld"), wide(gradient, "st")) == (kernels._PACKS_BACKWARD,) * 2
@@ -169,12 +177,14 @@ def test_rows_compile_without_spills_and_with_16_byte_accesses(capability, dtype
         for absent in (("running",), ("partials",), ("labels", "counter", "logprob", "running", "partials", "mask")):
             variant = compiled(kernels.forward_kernel, capability, dtype, forward, warps, absent)
             assert set(local_memory(variant, tmp_path)) == {0}
-            assert wide(variant, "ld") == 2 * kernels._PACKS_PER_THREAD
+            assert wide(variant, "ld") == 2 * rows.PACKS_PER_THREAD
         for absent in (("running",), ("logprob", "entropy", "stats")):
             merge = compiled(
-                kernels.merge_kernel, capability, dtype, {"PIECES": kernels._MOST_PIECES}, {"num_warps": 1}, absent
+                kernels.merge_kernel, capability, dtype, {"PIECES": rows.MOST_PIECES}, {"num_warps": 1}, absent
             )
             assert set(local_memory(merge, tmp_path)) == {0}
+        merge = compiled(stats.merge_kernel, capability, dtype, {"PIECES": rows.MOST_PIECES}, {"num_warps": 1})
+        assert set(local_memory(merge, tmp_path)) == {0}
 
 
 @pytest.mark.skipif(_dispatch.triton_interprets(), reason="this process interprets")
@@ -236,6 +246,7 @@ def test_no_value_of_a_number_makes_another_binary():
 
     from arpo_ext.ops import _triton_policy as policy
     from arpo_ext.ops import linear_logprob_entropy_triton as linear
+    from arpo_ext.ops import logits_stats_triton as stats
     from arpo_ext.ops import logprob_entropy_triton as kernels
     from arpo_ext.ops import policy_loss_triton as loss
 
@@ -246,6 +257,8 @@ def test_no_value_of_a_number_makes_another_binary():
         kernels.forward_kernel,
         kernels.merge_kernel,
         kernels.backward_kernel,
+        stats.stats_kernel,
+        stats.merge_kernel,
         linear.fused_kernel,
         *of_policy,
     ):

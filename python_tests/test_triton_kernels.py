@@ -20,7 +20,7 @@ if USABLE["triton"] is not None:
 import triton
 import triton.language as tl
 
-from arpo_ext.ops import _triton, linear_logprob_entropy_triton, logprob_entropy_triton
+from arpo_ext.ops import _triton, _triton_rows, linear_logprob_entropy_triton, logprob_entropy_triton
 from arpo_ext.ops import linear_logprob_entropy_reference as linear_reference
 from arpo_ext.ops._linear_tiles import LinearCall
 
@@ -57,9 +57,9 @@ def oracle(logits, labels, temperature):
 @pytest.mark.parametrize("vocab", [4096, 4099])
 def test_a_row_cut_into_pieces(vocab, monkeypatch):
     rows = 2
-    monkeypatch.setattr(logprob_entropy_triton, "processors", lambda device: 16)
-    monkeypatch.setattr(logprob_entropy_triton, "_SHORTEST_PIECE", 512)
-    assert logprob_entropy_triton._pieces(rows, vocab, torch.device(DEVICE))[0] > 5
+    monkeypatch.setattr(_triton_rows, "processors", lambda device: 16)
+    monkeypatch.setattr(_triton_rows, "_SHORTEST_PIECE", 512)
+    assert _triton_rows.pieces_of(rows, vocab, torch.device(DEVICE))[0] > 5
     generator = torch.Generator().manual_seed(vocab)
     logits = 4 * torch.randn(rows, vocab, generator=generator)
     logits[0, 600:3000] = -INF  # whole pieces of -inf
@@ -71,7 +71,18 @@ def test_a_row_cut_into_pieces(vocab, monkeypatch):
     results = ops.logprob_entropy(logits, labels, temperature=0.7, backend="triton")
     for ours, exact in zip(results, oracle(logits, labels, 0.7), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+    stats = ops.logits_stats(logits, labels, temperature=0.7, backend="triton")
+    p2 = (logits.double() / 0.7).softmax(-1).square().sum(-1)
+    torch.testing.assert_close(stats.sum_p2.double(), p2, rtol=2e-6, atol=0)
+    first = [int((row == row.max()).nonzero()[0]) for row in logits]
+    assert stats.argmax.tolist() == first
+    assert first[-1] == 5
+    for ours, of_stats in zip(results, stats, strict=False):
+        torch.testing.assert_close(ours, of_stats, rtol=1e-6, atol=1e-6)
     mask = torch.arange(rows, device=DEVICE) != 0
+    masked = ops.logits_stats(logits, labels, temperature=0.7, mask=mask, backend="triton")
+    assert [part[0].item() for part in masked] == [0, 0, 0, 0, -1, 0]
+    assert all(torch.equal(a[mask], b[mask]) for a, b in zip(masked, stats, strict=True))
     logprob, entropy = ops.logprob_entropy(logits, labels, temperature=0.7, mask=mask, backend="triton")
     assert (logprob[0].item(), entropy[0].item()) == (0, 0)
     assert torch.equal(entropy[mask], results[1][mask])
@@ -79,6 +90,7 @@ def test_a_row_cut_into_pieces(vocab, monkeypatch):
         spoiled = logits.clone()
         spoiled[0, 2500] = bad  # in a piece that is -inf otherwise
         assert ops.entropy(spoiled, backend="triton").isnan().tolist() == [True] + [False] * (rows - 1)
+        assert ops.logits_stats(spoiled, backend="triton").argmax.tolist() == [-1, *first[1:]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

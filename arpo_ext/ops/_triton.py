@@ -1,7 +1,7 @@
 """What the Triton kernels share: exponentials that keep relative accuracy, sums of a row without its arg-max, launches.
 
-Definitions as in logprob_entropy.py: m is a row's maximum, z = (x - m) / temperature, s = sum of e^z and a = sum of
-(x - m) e^z over all but one arg-max. Nothing here has been measured on a GPU yet.
+Definitions as in logprob_entropy.py: m is a row's maximum, z = (x - m) / temperature, and over all but one arg-max
+s = sum of e^z, a = sum of (x - m) e^z and q = sum of e^2z. Nothing here has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ INFINITY = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to float32
 LOG2E_REST = tl.constexpr(1.925963033500e-08)
 LN2 = tl.constexpr(0.6931471805599453)
+NOWHERE = tl.constexpr(2**31 - 1)  # the column of a maximum that is not there
 PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 # Elements that the hot loops may rely on: every base pointer plus a multiple of this is aligned to 16 bytes.
@@ -103,12 +104,12 @@ def expm1(x):
 
 
 @triton.jit
-def lowered(maximum, lower, s, a, scale, scale_rest, lowest, EXACT: tl.constexpr):
+def lowered(maximum, lower, s, a, q, scale, scale_rest, lowest, EXACT: tl.constexpr):
     """Sums that were taken relative to `lower`, relative to `maximum` >= lower. -inf stands for no element yet."""
     base = tl.where(maximum > -INFINITY, maximum, 0.0)  # -inf - -inf would be NaN
     shift = clamp_low(lower - base, lowest)
     factor = exp_scaled(shift, scale, scale_rest, EXACT)
-    return factor * s, factor * (a + shift * s)
+    return factor * s, factor * (a + shift * s), factor * factor * q
 
 
 @triton.jit
@@ -122,21 +123,33 @@ def all_but_one(m, maximum, scale, scale_rest, lowest, EXACT: tl.constexpr):
 
 
 @triton.jit
-def merged(m, s, a, scale, scale_rest, lowest):
-    """(m, s, a) of a row from vectors of them, one per part of the row."""
+def merged(m, s, a, q, first, scale, scale_rest, lowest):
+    """(m, s, a, q, first) of a row from vectors of them, one per part of the row."""
     maximum = tl.max(m, 0)
-    s, a = lowered(maximum, m, s, a, scale, scale_rest, lowest, True)
+    s, a, q = lowered(maximum, m, s, a, q, scale, scale_rest, lowest, True)
     e, d_e, tops = all_but_one(m, maximum, scale, scale_rest, lowest, True)
     # One holder of the maximum is left out; no sum ever contains it, so nothing cancels.
     others = tl.where(maximum > -INFINITY, tl.sum(tops, 0) - 1.0, 0.0)
-    return maximum, tl.sum(s + e, 0) + others, tl.sum(a + d_e, 0)
+    first = tl.min(tl.where(m == maximum, first, NOWHERE), 0)
+    return maximum, tl.sum(s + e, 0) + others, tl.sum(a + d_e, 0), tl.sum(q + e * e, 0) + others, first
 
 
 @triton.jit
 def row_sums(
-    base, begin, size, scale, scale_rest, lowest, EXACT: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr
+    base,
+    begin,
+    size,
+    scale,
+    scale_rest,
+    lowest,
+    EXACT: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
+    STATS: tl.constexpr,
 ):
-    """(m, s, a) of the `size` elements from element `begin` on; `base` is aligned.
+    """(m, s, a, q, first) of the `size` elements from element `begin` on; `base` is aligned.
+
+    STATS: with q = sum of e^2z and the index of the first arg-max; else neither has a meaning.
 
     Every position of a [LANES, PACK] tile keeps the largest element it met. The smaller of that and the next element
     is never the row's arg-max, so it goes into the sums: exact, without a comparison or a branch. A thread holds whole
@@ -145,16 +158,13 @@ def row_sums(
     aligned = tl.cdiv(begin, ALIGNMENT) * ALIGNMENT
     head = tl.minimum((aligned - begin).to(tl.int32), size)
     body = (size - head) // ALIGNMENT * ALIGNMENT
-    edge = size - head - body
     index = tl.arange(0, LANES)[:, None] * PACK + tl.arange(0, PACK)[None, :]
-
-    # At most 15 elements lie before the aligned ones and 15 after: these start the maxima.
-    outside = tl.where(index < ALIGNMENT, index, index - ALIGNMENT + head + body)
-    within = tl.where(index < ALIGNMENT, index < head, (index < 2 * ALIGNMENT) & (index - ALIGNMENT < edge))
-    m = tl.load(base + begin + outside, mask=within, other=-INFINITY).to(tl.float32)
-    reference = tl.max(m, 1)
+    m = tl.full([LANES, PACK], -INFINITY, tl.float32)
+    reference = tl.full([LANES], -INFINITY, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     a = tl.zeros([LANES], tl.float32)
+    q = tl.zeros([LANES], tl.float32)
+    at = tl.zeros([LANES, PACK], tl.int32)
     tile: tl.constexpr = LANES * PACK
     pointers = base + aligned + index
     ahead = tl.load(pointers, mask=index < body, other=-INFINITY)
@@ -162,18 +172,34 @@ def row_sums(
         x = ahead.to(tl.float32)
         ahead = tl.load(pointers + (first + tile), mask=index < body - (first + tile), other=-INFINITY)
         y = tl.minimum(x, m, propagate_nan=PROPAGATE_NAN)
+        if STATS:
+            at = tl.where(x > m, first, at)
         m = tl.maximum(x, m)
         before = reference
         reference = tl.maximum(before, tl.max(x, 1))
-        s, a = lowered(reference, before, s, a, scale, scale_rest, lowest, EXACT)
+        s, a, q = lowered(reference, before, s, a, q, scale, scale_rest, lowest, EXACT)
         finite = tl.where(reference > -INFINITY, reference, 0.0)
         d = clamp_low(y - finite[:, None], lowest)
         e = exp_scaled(d, scale, scale_rest, EXACT)
         s += tl.sum(e, 1)
         a += tl.sum(d * e, 1)
+        if STATS:
+            q += tl.sum(e * e, 1)
 
-    maximum = tl.max(tl.max(m, 1), 0)
-    s, a = lowered(maximum, reference, s, a, scale, scale_rest, lowest, EXACT)
+    # At most 15 elements lie before the aligned ones and 15 after.
+    few = tl.arange(0, 2 * ALIGNMENT)
+    outside = tl.where(few < ALIGNMENT, few, few - ALIGNMENT + head + body)
+    within = tl.where(few < ALIGNMENT, few < head, outside < size)
+    ends = tl.load(base + begin + outside, mask=within, other=-INFINITY).to(tl.float32)
+    maximum = tl.maximum(tl.max(tl.max(m, 1), 0), tl.max(ends, 0))
+    s, a, q = lowered(maximum, reference, s, a, q, scale, scale_rest, lowest, EXACT)
     e, d_e, tops = all_but_one(m, maximum, scale, scale_rest, lowest, EXACT)
-    others = tl.where(maximum > -INFINITY, tl.sum(tl.sum(tops, 1), 0) - 1.0, 0.0)
-    return maximum, tl.sum(s + tl.sum(e, 1), 0) + others, tl.sum(a + tl.sum(d_e, 1), 0)
+    e_ends, d_e_ends, tops_ends = all_but_one(ends, maximum, scale, scale_rest, lowest, EXACT)
+    others = tl.sum(tl.sum(tops, 1), 0) + tl.sum(tops_ends, 0) - 1.0
+    others = tl.where(maximum > -INFINITY, others, 0.0)
+    s = tl.sum(s + tl.sum(e, 1), 0) + tl.sum(e_ends, 0) + others
+    a = tl.sum(a + tl.sum(d_e, 1), 0) + tl.sum(d_e_ends, 0)
+    q = tl.sum(q + tl.sum(e * e, 1), 0) + tl.sum(e_ends * e_ends, 0) + others
+    at = tl.min(tl.min(tl.where(m == maximum, head + at + index, NOWHERE), 1), 0)
+    at = tl.minimum(at, tl.min(tl.where(ends == maximum, outside, NOWHERE), 0))
+    return maximum, s, a, q, at

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 
 from arpo_ext.ops._logits import LogitsCall, row_layout
-from arpo_ext.ops._triton import INFINITY, log1p, storage_start
+from arpo_ext.ops._triton import INFINITY, log1p, processors, storage_start
+
+WARPS = 4
+PACKS_PER_THREAD = 2  # 16-byte loads of a thread and tile forward; the next tile's are in flight meanwhile
+MOST_PIECES = 256
+_PROGRAMS_PER_PROCESSOR = 4  # a row is cut into pieces until the device has as many programs
+_SHORTEST_PIECE = 8192
 
 # No value of these arguments is a reason to compile a kernel again.
 RUN_TIME = [
@@ -147,3 +153,17 @@ def row_arguments(call: LogitsCall) -> dict[str, object]:
         "vocab_start": call.vocab_start,
         "vocab_total": call.vocab,
     }
+
+
+def forward_tile(dtype: torch.dtype) -> dict[str, int | bool]:
+    """Positions of a tile: whole packs of 16 bytes for every thread. Exponentials are exact where the logits are."""
+    lanes = PACKS_PER_THREAD * 32 * WARPS
+    return {"EXACT": dtype == torch.float32, "LANES": lanes, "PACK": 16 // dtype.itemsize}
+
+
+def pieces_of(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """(pieces of a row, length of a piece): a decode step has fewer rows than the device has room for."""
+    wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors(device), rows)
+    pieces = max(min(wanted, vocab // _SHORTEST_PIECE, MOST_PIECES), 1)
+    # Whole packs, so that the pieces of an aligned row are aligned. Rounding up leaves no piece empty.
+    return pieces, triton.cdiv(triton.cdiv(vocab, pieces), 16) * 16

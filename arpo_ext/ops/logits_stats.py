@@ -27,7 +27,7 @@ from torch import Tensor
 
 from arpo_ext.ops import _native
 from arpo_ext.ops import logits_stats_reference as reference
-from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu, refuse_cuda
+from arpo_ext.ops._dispatch import CPU_BACKENDS, Backend, choose, refuse_cpu, refuse_cuda, refuse_triton
 from arpo_ext.ops._invalid_labels import invalid_label_counter
 from arpo_ext.ops._logits import (
     LogitsCall,
@@ -66,7 +66,8 @@ def logits_stats(
     labels: [...] integers in 0 to V-1. `ignore_index` gives logprob 0 (everything else is still computed).
     temperature: a number, or a tensor that is 0-d or [...]; positive.
     mask: [...] bool; where False argmax is -1, everything else 0, and the row is not read.
-    backend: "auto", "cpu", "cuda", "reference", or one instruction set: "cpu-avx512", "cpu-avx2", "cpu-portable".
+    backend: "auto", "cpu", "cuda", "triton", "reference", or one instruction set: "cpu-avx512", "cpu-avx2",
+        "cpu-portable".
 
     A row that holds NaN or +inf, or only -inf, gives NaN, and argmax -1, in that row alone. A label on a logit of -inf
     gives logprob -inf. Errors and labels out of range as in `logprob_entropy`.
@@ -94,6 +95,13 @@ def _run_cuda(call: LogitsCall, out: LogitsStats) -> None:
     _native.C.logits_stats_cuda(inputs, outputs, *map(_native.pointer, (partials, counter)), device, stream)
 
 
+def _run_triton(call: LogitsCall, out: LogitsStats) -> None:
+    # Imported here: a machine without Triton imports this file too.
+    from arpo_ext.ops import logits_stats_triton
+
+    logits_stats_triton.launch(call, out._asdict())
+
+
 def _run_reference(call: LogitsCall, out: LogitsStats) -> None:
     check_temperatures(call)
     for to, result in zip(out, reference.forward(*without_invalid_labels(call).inputs), strict=True):
@@ -109,6 +117,10 @@ def _refuse_cuda(call: LogitsCall) -> str | None:
     return refuse_cuda(call.logits) or refuse_layout(call)
 
 
+def _refuse_triton(call: LogitsCall) -> str | None:
+    return refuse_triton(call.logits) or refuse_layout(call)
+
+
 def _serves(*_: object) -> None:
     return None
 
@@ -116,6 +128,7 @@ def _serves(*_: object) -> None:
 _BACKENDS = {
     **{name: Backend(partial(_refuse_cpu, isa), partial(_run_cpu, isa)) for name, isa in CPU_BACKENDS.items()},
     "cuda": Backend(_refuse_cuda, _run_cuda),
+    "triton": Backend(_refuse_triton, _run_triton),
     "reference": Backend(_serves, _run_reference),
 }
 

@@ -29,26 +29,24 @@ from arpo_ext.ops._triton import (
     expm1,
     merged,
     on_device,
-    processors,
     row_sums,
     storage_start,
 )
 from arpo_ext.ops._triton_rows import (
+    MOST_PIECES,
     RUN_TIME,
+    WARPS,
     finish_row,
+    forward_tile,
     label_of,
+    pieces_of,
     row_arguments,
     row_begin,
     temperature_of,
     write_row,
 )
 
-_WARPS = 4
-_PACKS_PER_THREAD = 2  # 16-byte loads of a thread and tile forward; the next tile's are in flight meanwhile
 _PACKS_BACKWARD = 4
-_PROGRAMS_PER_PROCESSOR = 4  # a row is cut into pieces until the device has as many programs
-_SHORTEST_PIECE = 8192
-_MOST_PIECES = 256
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -93,8 +91,9 @@ def forward_kernel(
     scale, scale_rest, lowest = exp_scales(high, rest)
     x_begin = row_begin(row, begin, inner, outer_stride, inner_stride)
     first = (program % pieces).to(tl.int32) * length
-    maximum, s, a = row_sums(
-        logits, x_begin + first, tl.minimum(length, vocab - first), scale, scale_rest, lowest, EXACT, LANES, PACK
+    size = tl.minimum(length, vocab - first)
+    maximum, s, a, _, _ = row_sums(
+        logits, x_begin + first, size, scale, scale_rest, lowest, EXACT, LANES, PACK, STATS=False
     )
     if partials is not None:
         tl.store(partials + 3 * program, maximum)
@@ -164,7 +163,7 @@ def merge_kernel(
     m = tl.load(part, mask=piece < pieces, other=-INFINITY)
     s = tl.load(part + 1, mask=piece < pieces, other=0.0)
     a = tl.load(part + 2, mask=piece < pieces, other=0.0)
-    maximum, s, a = merged(m, s, a, scale, scale_rest, lowest)
+    maximum, s, a, _, _ = merged(m, s, a, s, piece, scale, scale_rest, lowest)
     finish_row(
         row,
         rows,
@@ -284,23 +283,9 @@ def backward_kernel(
             _write_tile(x_from, out + out_begin + part, within, kept, label - part, of_row, EXACT, SMALL)
 
 
-def _forward_tile(dtype: torch.dtype) -> dict[str, int | bool]:
-    """Positions of a tile: whole packs of 16 bytes for every thread. Exponentials are exact where the logits are."""
-    lanes = _PACKS_PER_THREAD * 32 * _WARPS
-    return {"EXACT": dtype == torch.float32, "LANES": lanes, "PACK": 16 // dtype.itemsize}
-
-
 def _backward_tile(dtype: torch.dtype) -> dict[str, int | bool]:
-    tile = _PACKS_BACKWARD * 32 * _WARPS * 16 // dtype.itemsize
-    return {"EXACT": dtype == torch.float32, "TILE": tile, "SMALL": 4 * 32 * _WARPS}
-
-
-def _pieces(rows: int, vocab: int, device: torch.device) -> tuple[int, int]:
-    """(pieces of a row, length of a piece): a decode step has fewer rows than the device has room for."""
-    wanted = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors(device), rows)
-    pieces = max(min(wanted, vocab // _SHORTEST_PIECE, _MOST_PIECES), 1)
-    # Whole packs, so that the pieces of an aligned row are aligned. Rounding up leaves no piece empty.
-    return pieces, triton.cdiv(triton.cdiv(vocab, pieces), 16) * 16
+    tile = _PACKS_BACKWARD * 32 * WARPS * 16 // dtype.itemsize
+    return {"EXACT": dtype == torch.float32, "TILE": tile, "SMALL": 4 * 32 * WARPS}
 
 
 _RESULTS = dict.fromkeys(("counter", "logprob", "entropy", "stats", "running"))
@@ -311,7 +296,7 @@ def _read(call: LogitsCall, **results: Tensor | None) -> None:
         return
     arguments = {**row_arguments(call), **_RESULTS, **results}
     rows, vocab, device = arguments["rows"], arguments["vocab"], call.logits.device
-    pieces, length = _pieces(rows, vocab, device)
+    pieces, length = pieces_of(rows, vocab, device)
     arguments |= {
         "counter": None if call.labels is None else invalid_label_counter(device),
         "pieces": pieces,
@@ -319,14 +304,14 @@ def _read(call: LogitsCall, **results: Tensor | None) -> None:
     }
     with on_device(call.logits):
         forward_kernel[(rows * pieces,)](
-            **arguments, length=length, **_forward_tile(call.logits.dtype), num_warps=_WARPS, enable_fp_fusion=True
+            **arguments, length=length, **forward_tile(call.logits.dtype), num_warps=WARPS, enable_fp_fusion=True
         )
         if pieces > 1:
             _merge(arguments)
 
 
 def _merge(arguments: dict[str, object]) -> None:
-    merge_kernel[(arguments["rows"],)](**arguments, PIECES=_MOST_PIECES, num_warps=1, enable_fp_fusion=True)
+    merge_kernel[(arguments["rows"],)](**arguments, PIECES=MOST_PIECES, num_warps=1, enable_fp_fusion=True)
 
 
 def merge(described: dict[str, object], running: Tensor, partials: Tensor) -> None:
@@ -365,4 +350,4 @@ def backward(
         "tiles": tiles,
     }
     with on_device(out):
-        backward_kernel[(arguments["rows"] * tiles,)](**arguments, **tile, num_warps=_WARPS, enable_fp_fusion=True)
+        backward_kernel[(arguments["rows"] * tiles,)](**arguments, **tile, num_warps=WARPS, enable_fp_fusion=True)
