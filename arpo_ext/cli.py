@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the process exit code is returned (0, or 2 for a caller's mistake)."""
+    """Run one command; the process exit code is returned (0, 2 for a caller's mistake, 143 if SIGTERM ended it)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
@@ -121,22 +122,27 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _run_config(arguments)
     from arpo_ext.model import load_model
     from arpo_ext.training import loop
+    from arpo_ext.training.termination import Terminated
 
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     sets = _eval_sets(config)
     model = load_model(config.model)
-    with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
-        loop.train(
-            config,
-            model=model,
-            tokenizer=renderer.tokenizer,
-            prompts=prompts,
-            collect=_collector(config, sampler, tools, renderer, tracker),
-            score=_scorer(config),
-            push=_pusher(sampler),
-            evaluate=_evaluator(config, sets, sampler, tools, renderer),
-            tracker=tracker,
-        )
+    try:
+        with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
+            loop.train(
+                config,
+                model=model,
+                tokenizer=renderer.tokenizer,
+                prompts=prompts,
+                collect=_collector(config, sampler, tools, renderer, tracker),
+                score=_scorer(config),
+                push=_pusher(sampler),
+                evaluate=_evaluator(config, sets, sampler, tools, renderer),
+                tracker=tracker,
+            )
+    except Terminated:
+        print("arpo-ext train: stopped by SIGTERM and saved; train.resume=true goes on", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return _print_report(config.output_dir)
 
 

@@ -292,7 +292,13 @@ class TrainConfig(_Section):
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_coef: float = Field(0.0, ge=0, description="above 0 a copy of the first model is kept as the reference")
     entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus")
-    save_every: int = Field(0, ge=0, description="0: only at the end")
+    warmup_steps: int = Field(0, ge=0)
+    decay_fraction: float = Field(0.0, ge=0, le=1, description="share of the steps over which lr falls linearly to 0")
+    save_every: int = Field(0, ge=0, description="0: only at the end, and on SIGTERM")
+    keep_checkpoints: PositiveInt = Field(2, description="the last so many stay, and the best one")
+    best_metric: str = Field(
+        "reward/mean", description="what the best checkpoint has most of, as metrics.jsonl names it"
+    )
     eval_every: int = Field(0, ge=0, description="0: before the first and after the last step")
     resume: bool = False
 

@@ -1,130 +1,27 @@
 """The loop end to end on one process: a tiny model, trees sampled by plain torch, no engine."""
 
-import functools
+import itertools
 import json
-import random
+import os
+import signal
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import SPECIALS, VOCAB, tiny_model, tiny_tokenizer, tree
+from bandit import PROMPTS, Killed, run
+from tiny import VOCAB, tiny_model
 
-from arpo_ext.config import Config
-from arpo_ext.errors import CheckpointError, DataError
-from arpo_ext.tracking import Tracker
-from arpo_ext.training import named_weights, train
-from arpo_ext.types import Prompt, RolloutTree
+from arpo_ext.errors import CheckpointError, ConfigError, DataError, ModelError
+from arpo_ext.training.checkpoint_folder import best
+from arpo_ext.training.termination import Terminated
+from arpo_ext.types import RolloutTree
 
-FIRST_LETTER = len(SPECIALS)
-PROMPTS = [Prompt(str(i), ({"role": "user", "content": "?"},), ("a",)) for i in range(6)]
 TRAIN_METRICS = {
     "reward/mean", "reward/accuracy", "reward/std", "rollout/tool_calls", "train/loss", "train/grad_norm",
-    "train/clip_fraction", "train/entropy", "train/logprob_gap_mean", "train/logprob_gap_max", "train/ratio_max",
-    "train/seconds", "push/seconds",
+    "train/lr", "train/clip_fraction", "train/entropy", "train/logprob_gap_mean", "train/logprob_gap_max",
+    "train/ratio_max", "train/seconds", "push/seconds",
 }  # fmt: skip
-
-
-class Killed(Exception):
-    """Stands for a process that dies in the middle of a step."""
-
-
-@dataclass
-class Collected:
-    trees: list[RolloutTree]
-    metrics: dict[str, float] = field(default_factory=lambda: {"rollout/tool_calls": 0.0})
-
-
-class Bandit:
-    """Prompt i shows letter i; the answer is two sampled tokens, right if both are the letter after it.
-
-    The sampler holds a copy of the weights, as an engine does: it learns of an update only by `push`. Half of the paths
-    fork after the first token.
-    """
-
-    def __init__(self, model, paths: int = 8, die_at: int | None = None) -> None:
-        self.sampler = tiny_model(seed=99)
-        self.paths, self.die_at = paths, die_at
-        self.calls: list[tuple[str, int]] = []
-        self.drawn: list[list[str]] = []
-
-    def collect(self, prompts, step, attempt):
-        self.calls.append(("collect", step))
-        self.drawn.append([prompt.id for prompt in prompts])
-        if step == self.die_at:
-            raise Killed
-        # Draws from all three global generators: a resumed run has to find them where they were.
-        torch.manual_seed(int(torch.randint(1 << 30, ())) ^ random.getrandbits(20))
-        return Collected([self.sample(prompt, step) for prompt in prompts])
-
-    def sample(self, prompt, step):
-        shown = FIRST_LETTER + int(prompt.id)
-        segments, leaves, logprobs = [(-1, (shown, 1), False)], [], [()]
-
-        @functools.cache
-        def distribution(*context):
-            with torch.no_grad():
-                return torch.log_softmax(self.sampler(input_ids=torch.tensor([context])).logits[0, -1], -1)
-
-        def turn(parent, *context):
-            row = distribution(*context)
-            token = int(torch.multinomial(row.exp(), 1))
-            segments.append((parent, (token,), True))
-            logprobs.append((float(row[token]),))
-            return token
-
-        for _ in range(self.paths // 2):
-            first = turn(0, shown, 1)
-            fork = len(segments) - 1
-            for _ in range(2):
-                second = turn(fork, shown, 1, first)
-                correct = (first == shown + 1) + (second == shown + 1)
-                leaves.append((len(segments) - 1, correct / 2))
-        sampled = tree(segments, leaves, prompt_id=prompt.id)
-        filled = [replace(s, logprobs=own) for s, own in zip(sampled.segments, logprobs, strict=True)]
-        return replace(sampled, segments=tuple(filled))
-
-    def score(self, trees):
-        self.calls.append(("score", len(trees)))
-        return [
-            replace(t, leaves=tuple(replace(leaf, accuracy=float(leaf.reward == 1)) for leaf in t.leaves))
-            for t in trees
-        ]
-
-    def push(self, model):
-        self.calls.append(("push", 0))
-        missing = self.sampler.load_state_dict(dict(named_weights(model)), strict=False).missing_keys
-        assert missing == ["lm_head.weight"]
-        return 0.25
-
-    def evaluate(self, step):
-        self.calls.append(("evaluate", step))
-        return {"eval/set/sampled/accuracy": step / 100}
-
-
-def config(folder, *, trees_per_step=2, **settings) -> Config:
-    section = {"steps": 4, "prompts_per_step": 4, "lr": 3e-3, "micro_batch_rows": 8, **settings}
-    tracking = {"tensorboard": False, "progress": False, "trees_per_step": trees_per_step}
-    return Config.model_validate({"output_dir": folder, "train": section, "tracking": tracking, "seed": 5})
-
-
-def run(folder, *, die_at=None, prompts=PROMPTS, paths=8, model=None, **settings):
-    own = config(folder, **settings)
-    model = model or tiny_model(seed=3)
-    bandit = Bandit(model, paths=paths, die_at=die_at)
-    with Tracker(own.output_dir, own.tracking) as tracker:
-        train(
-            own,
-            model=model,
-            prompts=prompts,
-            collect=bandit.collect,
-            score=bandit.score,
-            push=bandit.push,
-            evaluate=bandit.evaluate,
-            tracker=tracker,
-            tokenizer=tiny_tokenizer(),
-        )
-    return bandit, model
 
 
 def read(path):
@@ -245,3 +142,92 @@ def test_every_prompt_is_drawn_once_an_epoch(tmp_path):
     bandit, _ = run(tmp_path, steps=3, paths=2)
     drawn = [name for step in bandit.drawn for name in step]
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == [prompt.id for prompt in PROMPTS]
+
+
+def read_untimed(folder):
+    timed = ("time_s", "train/seconds")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("where", "time", "left"),
+    [
+        ("evaluate", 1, None),
+        ("collect", 1, "step_000000"),
+        ("collect", 2, "step_000001"),  # sampling is cut off, and saved is where step 1 had ended
+        ("score", 2, "step_000001"),
+        ("push", 3, "step_000002"),  # inside step 2, which is finished first
+        ("evaluate", 2, "step_000002"),  # the evaluation of step 2 is owed
+    ],
+)
+def test_sigterm_saves_and_the_resumed_run_misses_nothing(tmp_path, where, time, left):
+    settings = {"steps": 4, "eval_every": 2}
+    _, whole_model = run(tmp_path / "whole", **settings)
+
+    def killing(bandit):
+        call, times = getattr(bandit, where), itertools.count(1)
+
+        def wrapped(*arguments):
+            if next(times) == time:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return call(*arguments)
+
+        setattr(bandit, where, wrapped)
+
+    with pytest.raises(Terminated):
+        run(tmp_path / "stopped", change=killing, **settings)
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoints/*")] == ([left] if left else [])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    # Without a checkpoint the run begins anew, from the weights it began with.
+    _, model = run(tmp_path / "stopped", resume=True, model=tiny_model(seed=8) if left else None, **settings)
+    for (name, a), b in zip(whole_model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert read_untimed(tmp_path / "whole") == read_untimed(tmp_path / "stopped")
+    assert read(tmp_path / "whole" / "trees.jsonl") == read(tmp_path / "stopped" / "trees.jsonl")
+
+
+def test_checkpoints_that_stay_are_the_last_and_the_best(tmp_path):
+    run(tmp_path, steps=8, save_every=1, lr=1e-2, keep_checkpoints=2)
+    rewards = {row["step"]: row["reward/mean"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"}
+    top = max(rewards, key=lambda step: (rewards[step], step))
+    expected = {f"step_{step:06d}" for step in (7, 8, top)}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == expected
+    assert best(tmp_path, "reward/mean").name == f"step_{top:06d}"
+
+
+def test_a_metric_that_does_not_exist_cannot_be_the_best(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"best_metric is 'reward/maen', which this run does not measure; .*'reward/mean'"
+    ):
+        run(tmp_path / "a", best_metric="reward/maen")
+    with pytest.raises(ConfigError, match=r"best_metric is 'eval/set/accuracy'.*'eval/set/sampled/accuracy'"):
+        run(tmp_path / "b", best_metric="eval/set/accuracy")
+    run(tmp_path / "c", steps=2, best_metric="eval/set/sampled/accuracy")
+    assert best(tmp_path / "c", "eval/set/sampled/accuracy").name == "step_000002"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_trees(tmp_path):
+    def spoil(bandit):
+        score = bandit.score
+
+        def scored(trees):
+            return [replace(t, leaves=(replace(t.leaves[0], reward=1e38), *t.leaves[1:])) for t in score(trees)]
+
+        bandit.score = scored
+
+    with pytest.raises(
+        ModelError, match=r"gradient norm is (nan|inf).*the trees of the step are in .*failed_step_000001"
+    ):
+        run(tmp_path, change=spoil, estimator="none", lr=1.0)
+    (path,) = tmp_path.glob("failed_step_*.jsonl")
+    assert len([RolloutTree.from_json(row) for row in read(path)]) == 4
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_learning_rate_follows_the_step_through_a_resume(tmp_path):
+    settings = {"steps": 4, "lr": 0.01, "warmup_steps": 2, "decay_fraction": 0.5, "save_every": 1}
+    with pytest.raises(Killed):
+        run(tmp_path, die_at=3, **settings)
+    run(tmp_path, resume=True, **settings)
+    rates = [row["train/lr"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])

@@ -11,7 +11,8 @@ from arpo_ext.data import Demo, DemoSegment
 from arpo_ext.errors import DataError
 from arpo_ext.tracking import Tracker
 from arpo_ext.training import sft
-from arpo_ext.training.sft import encode_demos, learning_rate, masked_loss, token_batches
+from arpo_ext.training.schedule import learning_rate
+from arpo_ext.training.sft import encode_demos, masked_loss, token_batches
 
 TOOL_DEMO = Demo(
     (

@@ -4,22 +4,20 @@
       model/           Hugging Face folder (config, safetensors, tokenizer): usable by itself
       optimizer.pt     optimiser state
       rng.pt           python, numpy and torch generator states, one entry per rank
-      state.json       step, data position, identity of the run, and the size of every file above
+      state.json       step, data position, identity, configuration and metrics, and the size of every file above
 
-A checkpoint is written beside its place, flushed to the disk and renamed, so a folder of this name is whole; `latest`
-checks the sizes all the same and passes over what is not. What this leaves out: sharded optimiser states (FSDP,
-DeepSpeed), and deleting old checkpoints.
+Which of them are whole, and which stay, is in `checkpoint_folder`. What this leaves out: sharded optimiser states
+(FSDP, DeepSpeed).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
+import math
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from arpo_ext.errors import CheckpointError
+from arpo_ext.training.checkpoint_folder import place_of, read_state, replace_folder, unwritable, write_state
 
-FORMAT_VERSION = 1
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: optimiser steps done and prompts drawn."""
+    """Where a run stands: optimiser steps done, prompts drawn, and whether an evaluation due at that step was done."""
 
     step: int = 0
     position: int = 0
+    evaluated: bool = True
 
 
 def save(
@@ -54,45 +53,58 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tokenizer: Any,
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    rng: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of `state`; call it on every rank. identity: plain values that a resumed run must match."""
-    target = run_dir / "checkpoints" / f"step_{state.step:06d}"
-    temporary = target.with_name(target.name + ".tmp")
-    rng = gather_object([_rng_state()])
+    """Write the checkpoint of `state`; call it on every rank. CheckpointError on all of them if it cannot be written.
+
+    identity: plain values that a resumed run must match. config: plain values, nested by section, whose changes a
+    resumed run reports. metrics: of the step; those that are not finite are left out. rng: this rank's generators as
+    `rng_state` gave them, None: as they are now.
+    """
+    target = place_of(run_dir, state.step)
+    states = gather_object([rng_state() if rng is None else rng])
     weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write_model(temporary / "model", accelerator.unwrap_model(model), weights, tokenizer)
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(rng, temporary / "rng.pt")
-        sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-        row = {"version": FORMAT_VERSION, **asdict(state), "identity": dict(identity), "files": sizes}
-        (temporary / "state.json").write_text(json.dumps(row, indent=1))
-        _replace_folder(temporary, target)
-    accelerator.wait_for_everyone()
+
+    def write(folder: Path) -> None:
+        _write_model(folder / "model", accelerator.unwrap_model(model), weights, tokenizer)
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(states, folder / "rng.pt")
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+        known = {"identity": dict(identity), "config": dict(config or {}), "metrics": finite}
+        write_state(folder, {**asdict(state), **known})
+
+    _write_whole(accelerator, target, write)
     return target
 
 
 def save_model(folder: Path, *, accelerator: Accelerator, model: nn.Module, tokenizer: Any) -> None:
     """Write a Hugging Face folder, replacing what is there only once the new one is whole. Call it on every rank."""
     weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(temporary: Path) -> None:
         _write_model(temporary, accelerator.unwrap_model(model), weights, tokenizer)
-        _replace_folder(temporary, folder)
-    accelerator.wait_for_everyone()
+
+    _write_whole(accelerator, folder, write)
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step, None if there is none. Incomplete ones are named in a warning."""
-    found = sorted((run_dir / "checkpoints").glob("step_*"), reverse=True)
-    for path in found:
-        fault = _fault(path)
-        if fault is None:
-            return path
-        _log.warning("checkpoint %s is incomplete (%s) and ignored", path, fault)
-    return None
+def _write_whole(accelerator: Accelerator, target: Path, write: Callable[[Path], None]) -> None:
+    """Let the main process write beside `target` and rename. Every rank learns of a fault, lest the others wait."""
+    fault: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            replace_folder(temporary, target)
+        except Exception as error:  # noqa: BLE001  each library has errors of its own for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            fault = [unwritable(target, error)]
+    broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise fault[0]
 
 
 def load(
@@ -102,17 +114,21 @@ def load(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any] | None = None,
 ) -> RunState:
     """Put weights and optimiser state back. CheckpointError if the checkpoint is of a run with another identity.
 
-    Learning rate, betas and weight decay stay those of `optimizer`: a resumed run may change them.
+    Learning rate, betas and weight decay stay those of `optimizer`: a resumed run may change them. Every key of
+    `config` that differs from the checkpoint's is named in a warning.
     """
-    row = json.loads((path / "state.json").read_text())
+    row = read_state(path)
     for name, value in identity.items():
         if row["identity"].get(name) != value:
             raise CheckpointError(
                 f"checkpoint {path} was made with {name} {row['identity'].get(name)!r}; this run has {value!r}"
             )
+    for key, before, now in changed_keys(row["config"], config or row["config"]):
+        _log.warning("%s was made with %s=%r; this run has %r", path.name, key, before, now)
     plain = accelerator.unwrap_model(model)
     with _no_bars():
         saved = type(plain).from_pretrained(path / "model", dtype=plain.dtype)
@@ -125,7 +141,17 @@ def load(
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-    return RunState(step=row["step"], position=row["position"])
+    return RunState(step=row["step"], position=row["position"], evaluated=row["evaluated"])
+
+
+def changed_keys(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, earlier value, value now) of every leaf that differs; a missing one is None."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        if before != now:
+            yield prefix, before, now
+        return
+    for key in [*before, *(key for key in now if key not in before)]:
+        yield from changed_keys(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
 
 
 def load_rng(path: Path, accelerator: Accelerator) -> None:
@@ -144,7 +170,8 @@ def load_rng(path: Path, accelerator: Accelerator) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """The generators of this process, as `load_rng` puts them back."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -171,41 +198,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _replace_folder(temporary: Path, target: Path) -> None:
-    """Flush every file of `temporary` to the disk and give it the name `target`."""
-    for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fault(path: Path) -> str | None:
-    """Why a folder is no complete checkpoint, None if it is one."""
-    if path.suffix:
-        return "its writing was cut off"
-    try:
-        row = json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"state.json: {type(error).__name__}"
-    if row.get("version") != FORMAT_VERSION:
-        return f"format version {row.get('version')!r}, expected {FORMAT_VERSION}"
-    for name, size in row["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut short"
-    return None

@@ -1,17 +1,17 @@
 """The training loop: collect -> score -> credit -> batch -> steps -> push weights -> log -> evaluate, save.
 
 What it leaves out, on purpose: how trees are sampled, how they are scored, how weights reach the sampler and how a
-model is evaluated are arguments; there is no learning-rate schedule and no replay of older trees. Every process draws
-its own share of the prompts and owns a sampler; `accelerate` joins the gradients.
+model is evaluated are arguments; there is no replay of older trees. Every process draws its own share of the prompts and
+owns a sampler; `accelerate` joins the gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
 from arpo_ext.config import Config
 from arpo_ext.data import append_trees, draw_order
-from arpo_ext.errors import CheckpointError, DataError
+from arpo_ext.errors import ModelError
 from arpo_ext.tracking import Tracker
-from arpo_ext.training import checkpoint
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
-from arpo_ext.training.gather import Collected, gather_trees, has_spread
-from arpo_ext.training.step import global_sum, policy_step, prepare
+from arpo_ext.training.checkpoint import RunState, save_model
+from arpo_ext.training.gather import Collected, Gathered, gather_trees, has_spread
+from arpo_ext.training.keeper import Keeper
+from arpo_ext.training.schedule import set_learning_rate
+from arpo_ext.training.step import global_max, global_sum, policy_step, prepare
+from arpo_ext.training.termination import Terminated, Termination
 from arpo_ext.types import Prompt, RolloutTree
 
 
@@ -52,6 +54,9 @@ def train(
     global generators: then a killed run that resumes equals one that was not killed. attempt is 0, or counts the times
     that `dynamic_sampling` filled up the step. push(model) returns its seconds. evaluate runs before the first step,
     after the last and every `eval_every` steps. A fresh run refuses a folder that holds checkpoints.
+
+    Terminated after a SIGTERM, once the last whole step is saved; one process stops sampling for that, several end the
+    step. ModelError if a gradient is not finite: the step's trees are kept in the file that it names.
     """
     settings = config.train
     # Before a checkpoint is loaded: the policy that the KL term keeps to is the one the run began with.
@@ -60,65 +65,100 @@ def train(
     if reference is not None:
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     pad_token = tokenizer.pad_token_id or 0
-    identity = {"seed": config.seed, "prompts": _digest(prompts)}
     parts = {"accelerator": accelerator, "model": model, "optimizer": optimizer}
-
-    saved = _checkpoint_to_resume(config)
-    state = checkpoint.load(saved, identity, **parts) if saved else checkpoint.RunState()
-    tracker.rewind(state.step if saved else -1)
+    alone = accelerator.num_processes == 1
+    keeper = Keeper(config, prompts, {**parts, "tokenizer": tokenizer})
+    state = keeper.state
+    tracker.rewind(state.step if keeper.resumed else -1, kinds=("train",))
+    tracker.rewind(state.step if state.evaluated else state.step - 1, kinds=("eval",))
     # The sampler may have been started from other weights than these.
     push(accelerator.unwrap_model(model))
-    if saved:
-        checkpoint.load_rng(saved, accelerator)
-    else:
-        set_seed(config.seed, device_specific=True)
-        tracker.log(0, "eval", evaluate(0))
+    keeper.restore_generators()
 
-    with tracker.progress(settings.steps, "steps", initial=state.step, leave=True) as bar:
-        for step in range(state.step + 1, settings.steps + 1):
-            gathered = gather_trees(
-                accelerator,
-                partial(_draw, prompts, config.seed, state.position),
-                lambda own, attempt, step=step: collect(own, step, attempt),
-                score,
-                prompts=settings.prompts_per_step,
-                tries=settings.dynamic_sampling,
-            )
-            credited = credit_trees(
-                gathered.trees,
-                **{name: getattr(settings, name) for name in CREDIT_KEYS},
-                response_limit=config.rollout.max_response_tokens,
-                global_sum=partial(global_sum, accelerator),
-            )
-            trees = [c.tree for c in credited]
+    def sampled(step: int) -> Gathered:
+        return gather_trees(
+            accelerator,
+            partial(_draw, prompts, config.seed, state.position),
+            lambda own, attempt: collect(own, step, attempt),
+            score,
+            prompts=settings.prompts_per_step,
+            tries=settings.dynamic_sampling,
+        )
 
-            started = time.perf_counter()
-            updates = plan_updates(credited, settings, seed=config.seed + step, pad_token=pad_token)
+    def updated(step: int, gathered: Gathered) -> tuple[list[RolloutTree], dict[str, float]]:
+        """The trees with their advantages, and the metrics of the step."""
+        credited = credit_trees(
+            gathered.trees,
+            **{name: getattr(settings, name) for name in CREDIT_KEYS},
+            response_limit=config.rollout.max_response_tokens,
+            global_sum=partial(global_sum, accelerator),
+        )
+        trees = [c.tree for c in credited]
+        started = time.perf_counter()
+        rate = set_learning_rate(optimizer, step, settings)
+        with _keeping_trees(
+            config.output_dir / f"failed_step_{step:06d}_rank_{accelerator.process_index}.jsonl", trees
+        ):
             metrics = policy_step(
                 **parts,
-                updates=updates,
+                updates=plan_updates(credited, settings, seed=config.seed + step, pad_token=pad_token),
                 config=settings,
                 temperature=config.rollout.temperature,
                 pad_token=pad_token,
                 reference=reference,
             )
-            metrics["train/seconds"] = time.perf_counter() - started
-            metrics["push/seconds"] = push(accelerator.unwrap_model(model))
+        metrics |= {"train/lr": rate, "train/seconds": time.perf_counter() - started}
+        metrics["push/seconds"] = push(accelerator.unwrap_model(model))
+        return trees, {**_reward_metrics(accelerator, gathered.scored), **gathered.metrics, **metrics}
 
-            metrics = {**_reward_metrics(accelerator, gathered.scored), **gathered.metrics, **metrics}
-            tracker.log(step, "train", metrics)
-            if accelerator.is_main_process:
-                kept = trees[: config.tracking.trees_per_step]
-                stamped = [replace(tree, metadata={**tree.metadata, "step": step}) for tree in kept]
-                append_trees(config.output_dir / "trees.jsonl", stamped)
-            state = checkpoint.RunState(step, state.position + gathered.drawn)
-            if step == settings.steps or _due(step, settings.eval_every):
-                tracker.log(step, "eval", evaluate(step))
-            if step == settings.steps or _due(step, settings.save_every):
-                checkpoint.save(config.output_dir, state, identity, tokenizer=tokenizer, **parts)
-            bar.set_postfix({"reward": f"{metrics['reward/mean']:.3f}"}, refresh=False)
-            bar.update()
-    checkpoint.save_model(config.output_dir / "model", accelerator=accelerator, model=model, tokenizer=tokenizer)
+    def evaluated() -> RunState:
+        with termination.at_once(alone):
+            values = evaluate(state.step)
+        tracker.log(state.step, "eval", values)
+        done = replace(state, evaluated=True)
+        keeper.stands_at(done, values)
+        return done
+
+    with Termination() as termination, tracker.progress(settings.steps, "steps", initial=state.step, leave=True) as bar:
+        try:
+            if not state.evaluated:
+                state = evaluated()
+            for step in range(state.step + 1, settings.steps + 1):
+                with termination.at_once(alone):
+                    gathered = sampled(step)
+                trees, metrics = updated(step, gathered)
+                tracker.log(step, "train", metrics)
+                if accelerator.is_main_process:
+                    kept = trees[: config.tracking.trees_per_step]
+                    stamped = [replace(tree, metadata={**tree.metadata, "step": step}) for tree in kept]
+                    append_trees(config.output_dir / "trees.jsonl", stamped)
+                last = step == settings.steps
+                evaluation_due = last or _due(step, settings.eval_every)
+                state = RunState(step, state.position + gathered.drawn, evaluated=not evaluation_due)
+                keeper.stands_at(state, metrics)
+                if evaluation_due:
+                    state = evaluated()
+                if last or _due(step, settings.save_every):
+                    keeper.save()
+                bar.set_postfix({"reward": f"{metrics['reward/mean']:.3f}"}, refresh=False)
+                bar.update()
+                if not alone and global_max(accelerator, [float(termination.requested)])[0]:
+                    raise Terminated
+        except Terminated:
+            keeper.save()
+            raise
+    save_model(config.output_dir / "model", accelerator=accelerator, model=model, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def _keeping_trees(path: Path, trees: Sequence[RolloutTree]) -> Iterator[None]:
+    """Write `trees` to `path` if the model fails on them, and name the file in the error."""
+    try:
+        yield
+    except ModelError as error:
+        path.unlink(missing_ok=True)
+        append_trees(path, trees)
+        raise ModelError(f"{error}; the trees of the step are in {path}") from None
 
 
 def _draw(prompts: Sequence[Prompt], seed: int, position: int, start: int, count: int) -> list[Prompt]:
@@ -127,22 +167,6 @@ def _draw(prompts: Sequence[Prompt], seed: int, position: int, start: int, count
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    saved = checkpoint.latest(config.output_dir)
-    if saved and not config.train.resume:
-        raise CheckpointError(
-            f"{config.output_dir} holds {saved.name} of a run; expected train.resume=true or another output_dir"
-        )
-    return saved
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    """Identity of the training data: the position of a checkpoint means nothing over other prompts."""
-    if not prompts:
-        raise DataError("got no prompts to train on; expected at least one")
-    return hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def _reward_metrics(accelerator: Accelerator, trees: Sequence[RolloutTree]) -> dict[str, float]:

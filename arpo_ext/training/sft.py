@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from arpo_ext.config import Config, SftConfig
+from arpo_ext.config import Config
 from arpo_ext.data import Demo, draw_order
 from arpo_ext.errors import DataError
 from arpo_ext.tracking import Tracker
 from arpo_ext.training.batch import Row, TokenBatch, token_batch
 from arpo_ext.training.checkpoint import save_model
+from arpo_ext.training.schedule import set_learning_rate
 from arpo_ext.training.step import (
     apply_gradients,
     backward_sum,
@@ -46,9 +47,7 @@ def sft(config: Config, *, model: nn.Module, tokenizer: Any, demos: Sequence[Dem
     with tracker.progress(settings.steps, "sft steps", leave=True) as bar:
         for step in range(1, settings.steps + 1):
             started = time.perf_counter()
-            lr = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_learning_rate(optimizer, step, settings)
             drawn = draw_order(len(rows), config.seed, (step - 1) * settings.batch_size, settings.batch_size)
             # Ranks must run equal numbers of micro-batches; a silent row has nothing to learn.
             chosen = [rows[i] for i in drawn] + [_SILENT_ROW] * (-len(drawn) % ranks)
@@ -107,11 +106,3 @@ def masked_loss(model: nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Sum of -log p over the trained tokens, 0-d."""
     logprob, _ = token_statistics(model, batch, temperature=1.0)
     return -logprob.sum()
-
-
-def learning_rate(step: int, settings: SftConfig) -> float:
-    """Rate of step 1 to `steps`: up linearly over `warmup_steps`, level, down linearly over the last part."""
-    decay_steps = settings.decay_fraction * settings.steps
-    up = step / settings.warmup_steps if settings.warmup_steps else 1.0
-    down = (settings.steps - step + 1) / decay_steps if decay_steps else 1.0
-    return settings.lr * min(1.0, up, down)
