@@ -1,8 +1,8 @@
 """The training loop: collect -> score -> credit -> batch -> steps -> push weights -> log -> evaluate, save.
 
 What it leaves out, on purpose: how trees are sampled, how they are scored, how weights reach the sampler and how a
-model is evaluated are arguments; there is no replay of older trees. Every process draws its own share of the prompts and
-owns a sampler; `accelerate` joins the gradients.
+model is evaluated are arguments; there is no replay of older trees. Every process draws its own share of the prompts
+and owns a sampler; `accelerate` joins the gradients.
 """
 
 from __future__ import annotations
