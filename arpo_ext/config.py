@@ -156,10 +156,19 @@ class EngineConfig(_Section):
 
     max_model_len: PositiveInt = 4096
     max_num_seqs: PositiveInt = 128
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="of one step, longer prompts in chunks (never on the CPU: there at least max_model_len)"
+    )
     block_size: PositiveInt | None = Field(None, description="KV block; None: 32 on the CPU, else vLLM's own choice")
+    own_process: bool = Field(
+        False, description="engine in a process of its own: what ends it is then an error here, not our end"
+    )
+    tensor_parallel_size: PositiveInt = Field(1, description="processes that share the model's weights")
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     kv_cache_gib: PositiveInt = Field(1, description="KV cache of a CPU engine")
-    threads: PositiveInt | None = Field(None, description="torch threads once the engine is up; None: unchanged")
+    threads: PositiveInt | None = Field(
+        None, description="torch threads of the engine; None: as in this process, in one of its own as vLLM chooses"
+    )
 
 
 class ReferenceConfig(_Section):
@@ -212,7 +221,9 @@ class RolloutConfig(_Section):
     )
     entropies: Literal["probe", "all"] = Field("all", description="which sampled tokens keep their entropy in the tree")
     logit_bias: dict[str, float] = Field(default_factory=dict, description="token text -> bias added before sampling")
-    deterministic: bool = True
+    deterministic: bool = Field(
+        True, description="order of tools and batches fixed: same seed, same trees; costs asynchronous scheduling"
+    )
 
     @model_validator(mode="after")
     def _initial_within_paths(self) -> RolloutConfig:

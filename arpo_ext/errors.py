@@ -47,5 +47,9 @@ class CollectError(SamplerError):
         self.collected = collected
 
 
+class EngineError(SamplerError):
+    """The generation engine's own process is gone, and with it what it was sampling. Everything else is kept."""
+
+
 class CheckpointError(ArpoError, RuntimeError):
     """A checkpoint is missing, incomplete or belongs to another run."""

@@ -1,26 +1,21 @@
 """The sampler on a real vLLM engine with a tiny random model, against transformers in float32."""
 
 import math
-from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sampling import BIAS, TEMPERATURE, AnsweringTools, measure, random_model, run, sample_request, talking_model
 
 from arpo_ext.config import EngineConfig, RolloutConfig
 from arpo_ext.errors import ConfigError, SamplerError
 from arpo_ext.render import Renderer
-from arpo_ext.rollout import Completion, Probe, SampleRequest, check_tree, collect
-from arpo_ext.types import Prompt, StopReason, ToolResult
+from arpo_ext.rollout import Completion, check_tree, collect
+from arpo_ext.types import Prompt, StopReason
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
-
-TEMPERATURE = 0.7
-BIAS = {"mass": 1.0, "q": -1.5}
-# `fact` is no single token, so its closing tag is a stop string.
-TALK = "<search>mass</search>", "<fact>q of</fact>", "<answer>7</answer><eos>"
 
 
 @pytest.fixture(scope="module")
@@ -28,54 +23,14 @@ def renderer(tag_tokenizer):
     return Renderer(tag_tokenizer, ["search", "fact"])
 
 
-def _tiny_model(vocabulary, seed):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config).float().eval()
-
-
 @pytest.fixture(scope="module")
 def model(tag_tokenizer):
-    return _tiny_model(len(tag_tokenizer), seed=0)
+    return random_model(len(tag_tokenizer), seed=0)
 
 
 @pytest.fixture(scope="module")
 def talker(renderer):
-    """A model that has learnt to call both tools and to answer, not too surely."""
-    tokenizer = renderer.tokenizer
-    model = _tiny_model(len(tokenizer), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(0.3)
-    texts = [f"{start}{talk}" for start in ("mass of", "q</result>") for talk in TALK]
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    labels = torch.where(ids > 0, ids, -100)
-    for _ in range(100):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return model.eval()
+    return talking_model(renderer)
 
 
 @pytest.fixture(scope="module")
@@ -105,45 +60,16 @@ def fresh(sampler, model):
     return sampler
 
 
-def _request(id, tokens=(20, 30, 40), max_tokens=12, seed=None, greedy=False):
-    return SampleRequest(id, tuple(tokens), max_tokens, 4, seed=id if seed is None else seed, greedy=greedy)
-
-
-def _run(sampler, requests):
-    for request in requests:
-        sampler.submit(request)
-    probes, done = {}, {}
-    while sampler.num_unfinished:
-        for event in sampler.step():
-            if isinstance(event, Probe):
-                assert event.id not in done
-                probes[event.id] = event
-            else:
-                done[event.id] = event
-    return probes, done
-
-
-@torch.no_grad()
-def _measure(model, tokenizer, prompt, tokens, temperature, bias=BIAS):
-    """Log-probabilities and entropies of `tokens` after `prompt`, straight from the definition."""
-    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].double()
-    for text, value in bias.items():
-        logits[:, tokenizer.convert_tokens_to_ids(text)] += value
-    logprobs = torch.log_softmax(logits / temperature, -1)
-    entropies = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), entropies.tolist()
-
-
 @pytest.mark.parametrize("greedy", [False, True])
 def test_logprobs_and_entropies_are_those_of_the_distribution_sampled_from(fresh, model, renderer, greedy):
     # More requests than run at once, prompts of many lengths: rows move, chunks of prompts come and go.
-    requests = [_request(i, tokens=range(14, 15 + 2 * i), greedy=greedy) for i in range(40)]
-    probes, done = _run(fresh, requests)
+    requests = [sample_request(i, tokens=range(14, 15 + 2 * i), greedy=greedy) for i in range(40)]
+    probes, done = run(fresh, requests)
     assert sorted(done) == list(range(40))
     for request in requests:
         completion = done[request.id]
         temperature = 1.0 if greedy else TEMPERATURE
-        logprobs, entropies = _measure(model, renderer.tokenizer, request.tokens, completion.tokens, temperature)
+        logprobs, entropies = measure(model, renderer.tokenizer, request.tokens, completion.tokens, temperature)
         assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
         assert completion.entropies == pytest.approx(entropies, abs=1e-4)
         if len(completion.tokens) > 4:
@@ -172,19 +98,19 @@ def test_chunked_prompts_record_the_entropy_of_the_first_real_token(fresh, model
     count = budget // 110 + 10
     generator = torch.Generator().manual_seed(1)
     requests = [
-        _request(i, tokens=torch.randint(14, 100, (110,), generator=generator).tolist(), max_tokens=2)
+        sample_request(i, tokens=torch.randint(14, 100, (110,), generator=generator).tolist(), max_tokens=2)
         for i in range(min(count, 60))
     ]
-    _, done = _run(fresh, requests)
+    _, done = run(fresh, requests)
     for request in requests:
-        _, entropies = _measure(model, renderer.tokenizer, request.tokens, done[request.id].tokens, TEMPERATURE)
+        _, entropies = measure(model, renderer.tokenizer, request.tokens, done[request.id].tokens, TEMPERATURE)
         assert done[request.id].entropies == pytest.approx(entropies, abs=1e-4)
 
 
 @torch.no_grad()
 def test_the_likeliest_tokens_are_reported_where_asked_for(fresh, model, renderer):
-    wanted = [replace(_request(i, tokens=range(14, 18 + i)), top_logprobs=10 if i % 2 else 0) for i in range(12)]
-    probes, done = _run(fresh, wanted)
+    wanted = [replace(sample_request(i, tokens=range(14, 18 + i)), top_logprobs=10 if i % 2 else 0) for i in range(12)]
+    probes, done = run(fresh, wanted)
     outside = 0
     for request in wanted:
         completion = done[request.id]
@@ -209,8 +135,8 @@ def test_the_likeliest_tokens_are_reported_where_asked_for(fresh, model, rendere
 
 
 def test_a_request_draws_alike_alone_and_in_a_batch(fresh):
-    _, together = _run(fresh, [_request(i) for i in range(30)])
-    _, alone = _run(fresh, [_request(99, seed=17)])
+    _, together = run(fresh, [sample_request(i) for i in range(30)])
+    _, alone = run(fresh, [sample_request(99, seed=17)])
     assert alone[99].tokens == together[17].tokens
     assert len({completion.tokens for completion in together.values()}) > 20
 
@@ -218,7 +144,7 @@ def test_a_request_draws_alike_alone_and_in_a_batch(fresh):
 def test_what_ends_a_request(sampler, talker, renderer):
     sampler.push_weights(talker.named_parameters())
     prompt = renderer.tokenizer.encode("mass of", add_special_tokens=False)
-    _, done = _run(sampler, [_request(i, tokens=prompt, max_tokens=20) for i in range(60)])
+    _, done = run(sampler, [sample_request(i, tokens=prompt, max_tokens=20) for i in range(60)])
     by_reason = {}
     for completion in done.values():
         by_reason.setdefault(completion.stop_reason, []).append(renderer.decode(completion.tokens))
@@ -226,7 +152,7 @@ def test_what_ends_a_request(sampler, talker, renderer):
     assert all(text.endswith(("</search>", "</fact>")) for text in by_reason[StopReason.TOOL])
     assert {text[-7:] for text in by_reason[StopReason.TOOL]} >= {"search>", "</fact>"}
     assert all(text.endswith("<eos>") for text in by_reason[StopReason.EOS])
-    _, short = _run(sampler, [_request(0, tokens=prompt, max_tokens=1)])
+    _, short = run(sampler, [sample_request(0, tokens=prompt, max_tokens=1)])
     assert short[0].stop_reason is StopReason.LENGTH
 
 
@@ -236,8 +162,8 @@ def test_pushed_weights_leave_no_stale_prefix(sampler, model, talker, renderer, 
     expected = {}
 
     def first(weights):
-        _, done = _run(sampler, [_request(0, tokens=prompt, max_tokens=3, greedy=True)])
-        expected["now"] = _measure(weights, renderer.tokenizer, prompt, done[0].tokens, 1.0)[0]
+        _, done = run(sampler, [sample_request(0, tokens=prompt, max_tokens=3, greedy=True)])
+        expected["now"] = measure(weights, renderer.tokenizer, prompt, done[0].tokens, 1.0)[0]
         return done[0].logprobs
 
     sampler.push_weights(model.named_parameters())
@@ -254,7 +180,7 @@ def test_pushed_weights_leave_no_stale_prefix(sampler, model, talker, renderer, 
 def test_open_requests_forbid_a_push_and_a_reset(sampler, model):
     # Waiting requests count as much as running ones.
     for i in range(30):
-        sampler.submit(_request(i, max_tokens=50))
+        sampler.submit(sample_request(i, max_tokens=50))
     for _ in range(2):
         with pytest.raises(SamplerError, match=r"weights cannot be pushed with \d+ unfinished requests; expected none"):
             sampler.push_weights(model.named_parameters())
@@ -270,7 +196,7 @@ def test_open_requests_forbid_a_push_and_a_reset(sampler, model):
 def test_aborted_requests_give_their_rows_back(fresh):
     for round_ in range(3):
         for i in range(30):
-            fresh.submit(_request(i))
+            fresh.submit(sample_request(i))
         fresh.step()
         for i in range(30):
             fresh.abort(i)
@@ -280,7 +206,7 @@ def test_aborted_requests_give_their_rows_back(fresh):
 
 def test_a_request_that_does_not_fit_is_refused(sampler):
     with pytest.raises(ValueError, match="request 3 has 120 tokens and asks for 9 more; expected at least 1 and 128"):
-        sampler.submit(_request(3, tokens=range(120), max_tokens=9))
+        sampler.submit(sample_request(3, tokens=range(120), max_tokens=9))
 
 
 def test_a_bias_must_name_single_tokens(renderer):
@@ -290,13 +216,6 @@ def test_a_bias_must_name_single_tokens(renderer):
         _bias_by_token({"xyz": 1.0}, renderer)
     with pytest.raises(ConfigError, match="of 'x' is 101; expected -100 to 100"):
         _bias_by_token({"x": 101}, renderer)
-
-
-class _Tools:
-    def submit(self, call):
-        future = Future()
-        future.set_result(ToolResult(call.name, "q", True))
-        return future
 
 
 def test_collected_trees_hold_what_the_model_computes(sampler, talker, renderer):
@@ -315,7 +234,8 @@ def test_collected_trees_hold_what_the_model_computes(sampler, talker, renderer)
     )
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": "mass of"},), ("7",)) for i in range(4)]
     runs = [
-        collect(prompts, sampler=sampler, tools=_Tools(), renderer=renderer, config=config, seed=11) for _ in range(2)
+        collect(prompts, sampler=sampler, tools=AnsweringTools(), renderer=renderer, config=config, seed=11)
+        for _ in range(2)
     ]
     assert runs[0].trees == runs[1].trees
     assert runs[0].metrics["rollout/forks"] > 4
@@ -324,10 +244,10 @@ def test_collected_trees_hold_what_the_model_computes(sampler, talker, renderer)
         for index, segment in enumerate(tree.segments):
             if segment.sampled:
                 prefix = tree.path_tokens(segment.parent)
-                logprobs, entropies = _measure(talker, renderer.tokenizer, prefix, segment.tokens, TEMPERATURE)
+                logprobs, entropies = measure(talker, renderer.tokenizer, prefix, segment.tokens, TEMPERATURE)
                 assert segment.logprobs == pytest.approx(logprobs, abs=1e-3), index
                 assert segment.entropies == pytest.approx(entropies, abs=1e-4), index
-    other = collect(prompts, sampler=sampler, tools=_Tools(), renderer=renderer, config=config, seed=12)
+    other = collect(prompts, sampler=sampler, tools=AnsweringTools(), renderer=renderer, config=config, seed=12)
     assert other.trees != runs[0].trees
 
 
@@ -343,6 +263,7 @@ def _processor(device_or_states, columns=5):
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         model_config=SimpleNamespace(max_model_len=9),
+        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
         additional_config={COLUMNS: columns},
     )
     return EntropyProcessor(config, device_or_states)
@@ -456,7 +377,7 @@ def test_parameters_of_the_log_are_checked():
 
 
 def test_completions_are_what_the_protocol_says(fresh):
-    _, done = _run(fresh, [_request(0)])
+    _, done = run(fresh, [sample_request(0)])
     completion = done[0]
     assert isinstance(completion, Completion)
     assert len(completion.tokens) == len(completion.logprobs) == len(completion.entropies)

@@ -1,20 +1,17 @@
-"""The sampler on vLLM's engine, in this process: one `step` decodes one token of every open request.
+"""The sampler on vLLM's engine: one `step` takes one token of every open request.
 
-Left out here: entropies (`vllm_entropy`), which requests to make (`collect`), tensor parallelism.
+Left out here: where the engine runs (`vllm_engine`), entropies (`vllm_entropy`), which requests to make (`collect`).
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from arpo_ext.config import EngineConfig, RolloutConfig
 from arpo_ext.errors import ConfigError, SamplerError
@@ -22,17 +19,13 @@ from arpo_ext.render import Renderer
 from arpo_ext.rollout.sampler import Completion, Probe, SampleRequest
 from arpo_ext.types import StopReason
 
-# Read while vLLM is imported; what the user has set stays. The engine in this process: weights are pushed without a
-# copy through a pipe, and `step` returns as soon as a token of every request is there.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# Before vllm itself, for which it sets the environment.
+from arpo_ext.rollout.vllm_engine import Engine  # isort: skip
 
-from vllm import LLM, SamplingParams
-from vllm.platforms import current_platform
+from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from arpo_ext.rollout.vllm_entropy import COLUMNS, ENTROPY_PROCESSOR, entropy_args
-from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION, is_tied
+from arpo_ext.rollout.vllm_entropy import entropy_args
 
 
 @dataclass
@@ -51,8 +44,9 @@ class VllmSampler:
     model_path: Hugging Face folder, sampled in the dtype it is stored in. renderer: says where a call ends. seed: of
     the engine; each request brings its own, so draws do not depend on what is decoded beside them.
 
-    Starting the engine reseeds torch, numpy and random, as vLLM does. ConfigError on a `logit_bias` that names no
-    single token or lies outside [-100, 100].
+    An engine in this process reseeds torch, numpy and random when it starts, as vLLM does. ConfigError on a
+    `logit_bias` that names no single token or lies outside [-100, 100]. EngineError from any call once the engine's
+    own process is gone; `close` works then, and another sampler can be made.
     """
 
     def __init__(
@@ -66,8 +60,7 @@ class VllmSampler:
         )
         self._tool_stops = {*renderer.stop_token_ids, *renderer.stop_strings}
         bias = _bias_by_token(rollout.logit_bias, renderer)
-        self._llm = _start_engine(model_path, engine, self._columns, seed)
-        self._engine = self._llm.llm_engine
+        self._engine = Engine(model_path, engine, columns=self._columns, seed=seed, deterministic=rollout.deterministic)
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         # A tokenizer may know tokens beyond the model's vocabulary: never sampled, and refused by vLLM.
         stops = [*renderer.stop_token_ids, *renderer.eos_token_ids]
@@ -81,7 +74,6 @@ class VllmSampler:
             "logit_bias": bias or None,
             "output_kind": RequestOutputKind.DELTA,
         }
-        self._tied = is_tied(self._engine.model_config)
         # The engine never holds more requests than it decodes at once, so the row of the entropy log that a request
         # writes to is its alone until it is read.
         self._rows = list(range(engine.max_num_seqs))
@@ -112,6 +104,7 @@ class VllmSampler:
                 continue
             (delta,) = output.outputs
             running.cached_tokens = output.num_cached_tokens
+            measured = len(running.tokens)
             running.tokens += delta.token_ids
             running.logprobs += [e[t].logprob for t, e in zip(delta.token_ids, delta.logprobs, strict=True)]
             if running.request.top_logprobs:
@@ -119,7 +112,7 @@ class VllmSampler:
                 running.top_logprobs += [tuple(e.logprob for e in entry.values()) for entry in delta.logprobs[:left]]
             if output.finished:
                 finished.append((running, self._stop_reason(delta)))
-            elif len(running.tokens) == running.request.probe_tokens:
+            elif measured < running.request.probe_tokens <= len(running.tokens):
                 probed.append(running)
         return self._report(probed, finished)
 
@@ -127,29 +120,23 @@ class VllmSampler:
         self._queue = deque(request for request in self._queue if request.id != id)
         running = self._running.pop(str(id), None)
         if running is not None:
-            self._engine.abort_request([str(id)])
+            self._engine.abort(str(id))
             self._rows.append(running.row)
 
     def push_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load weights under their checkpoint names, then forget every cached prefix."""
         self._require_idle("weights cannot be pushed")
-        # A tied lm_head is the embedding; loading it under its own name writes the same memory twice. Clones, because
-        # the engine may keep what it is given while the trainer goes on.
-        checkpoint = (
-            (name, tensor.detach().clone()) for name, tensor in weights if not (self._tied and name == "lm_head.weight")
-        )
-        self._llm.collective_rpc("arpo_load_weights", args=(checkpoint,))
+        self._engine.load_weights(weights)
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
         self._require_idle("the prefix cache cannot be reset")
         # Without this the first tokens come from the old weights' keys and values.
-        if not self._engine.reset_prefix_cache():
-            raise SamplerError("vLLM refused to reset its prefix cache; expected it to hold no blocks when idle")
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Stop the engine; the sampler cannot be used afterwards."""
-        self._engine.engine_core.shutdown()
+        self._engine.close()
 
     def _start(self, request: SampleRequest) -> None:
         running = _Running(request, self._rows.pop())
@@ -163,7 +150,7 @@ class VllmSampler:
             **self._params,
         )
         self._running[str(request.id)] = running
-        self._engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, params)
+        self._engine.add(str(request.id), request.tokens, params)
 
     def _report(self, probed: list[_Running], finished: list[tuple[_Running, StopReason]]) -> list[Probe | Completion]:
         """Events with their entropies, read in one copy; the rows of finished requests become free."""
@@ -174,7 +161,7 @@ class VllmSampler:
         rows = [r.row for r in probed] + [r.row for r, _ in finished]
         if not rows:
             return []
-        entropies = [tuple(e) for e in self._llm.collective_rpc("arpo_read_entropies", args=(rows, counts))[0]]
+        entropies = [tuple(e) for e in self._engine.call_workers("arpo_read_entropies", rows, counts)]
         events: list[Probe | Completion] = [
             Probe(r.request.id, e, tuple(r.top_logprobs)) for r, e in zip(probed, entropies[: len(probed)], strict=True)
         ]
@@ -196,57 +183,6 @@ class VllmSampler:
     def _require_idle(self, refused: str) -> None:
         if self.num_unfinished:
             raise SamplerError(f"{refused} with {self.num_unfinished} unfinished requests; expected none")
-
-
-def _start_engine(model_path: str | Path, config: EngineConfig, columns: int, seed: int) -> LLM:
-    on_cpu = current_platform.is_cpu()
-    options: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
-    if on_cpu:
-        # VLLM_CPU_KVCACHE_SPACE, where the user has set it, wins over this in vLLM itself.
-        options = {"kv_cache_memory_bytes": config.kv_cache_gib << 30, "enforce_eager": True}
-    block_size = config.block_size or (32 if on_cpu else None)
-    if block_size is not None:
-        options["block_size"] = block_size
-    _let_vllm_scan_modules()
-    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    with warnings.catch_warnings():
-        # From vLLM's scan of every loaded module, torch.distributed among them.
-        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
-        llm = LLM(
-            str(model_path),
-            # "auto" would turn a float32 checkpoint into 16 bits.
-            dtype=str(AutoConfig.from_pretrained(model_path).dtype or "auto").removeprefix("torch."),
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            seed=seed,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            logits_processors=[ENTROPY_PROCESSOR],
-            worker_extension_cls=WORKER_EXTENSION,
-            additional_config={COLUMNS: columns},
-            use_tqdm_on_load=False,
-            **options,
-        )
-    # vLLM's CPU worker replaces torch.set_num_threads, for the whole process, by a function that does nothing.
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(config.threads or threads)
-    return llm
-
-
-def _let_vllm_scan_modules() -> None:
-    """Make vLLM's scan for Triton kernels pass over objects whose `__dict__` is no dict.
-
-    A CPU engine looks at `vars(x).get("kernel")` of every global of every loaded module. llvmlite's library handle,
-    which comes with numba and so with bm25s, answers `__dict__` with a function, and the engine does not start:
-    AttributeError: '_lib_fn_wrapper' object has no attribute 'get' (vLLM 0.32).
-    """
-    from vllm.triton_utils import dispatcher
-
-    def dict_of(value: object) -> Any:
-        found = vars(value)
-        return found if isinstance(found, Mapping) else {}
-
-    dispatcher.vars = dict_of
 
 
 def _bias_by_token(bias: dict[str, float], renderer: Renderer) -> dict[int, float]:

@@ -9,6 +9,7 @@ import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from arpo_ext.rollout.vllm_entropy import EntropyProcessor
+from arpo_ext.rollout.vllm_entropy_file import processors_of
 
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -23,13 +24,16 @@ class WorkerExtension:
 
     def arpo_read_entropies(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
         """The first counts[i] entropies in rows[i] of the entropy log."""
-        runner = self.model_runner
-        if hasattr(runner, "input_batch"):
-            processors = runner.input_batch.logitsprocs.all
-        else:
-            processors = runner.sampler.logits_processors
-        (processor,) = (p for p in processors if isinstance(p, EntropyProcessor))
+        (processor,) = (p for p in processors_of(self.model_runner) if isinstance(p, EntropyProcessor))
         return processor.log.read(rows, counts)
+
+    def arpo_set_threads(self, count: int) -> None:
+        """CPU threads of torch; vLLM's CPU worker has replaced `torch.set_num_threads` by one that does nothing."""
+        torch._C.set_num_threads(count)
+
+    def arpo_load_weights_file(self, path: str) -> None:
+        """Load what `torch.save` has written as a dict of tensors; every rank maps the same pages."""
+        self.arpo_load_weights(torch.load(path, mmap=True, map_location="cpu", weights_only=True).items())
 
     def arpo_load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load weights under their checkpoint names into the running model."""
