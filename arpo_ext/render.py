@@ -44,6 +44,7 @@ class Renderer:
         self._result_open = self._encode(RESULT_OPEN)
         self._result_close = self._encode(RESULT_CLOSE)
         self.result_overhead = len(self._result_open) + len(self._result_close)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         self._protected = self._find_protected()
         literals = sorted(self._protected.values(), key=len, reverse=True)
         self._literal = re.compile("|".join(re.escape(text) for text in literals)) if literals else None
@@ -68,13 +69,17 @@ class Renderer:
     def result_tokens(self, text: str, limit: int | None = None) -> list[int]:
         """`<result>` + text + `</result>` in at most `limit` tokens; the text is cut, the tags never are.
 
-        ValueError if `limit` is below `result_overhead`.
+        Lone surrogates, what is left of bytes that are no text, become U+FFFD: tokenizers refuse them. ValueError if
+        `limit` is below `result_overhead`.
         """
         if limit is not None and limit < self.result_overhead:
             raise ValueError(f"a result of at most {limit} tokens cannot hold its tags ({self.result_overhead} tokens)")
         if self.max_result_chars is not None:
             text = text[: self.max_result_chars]
-        body = self._encode_foreign(text)
+        if limit is not None:
+            # No token is longer than the longest, so nothing behind this is kept; encoding a megabyte takes seconds.
+            text = text[: limit * self._longest_token]
+        body = self._encode_foreign(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if limit is not None:
             body = body[: limit - self.result_overhead]
         return [*self._result_open, *body, *self._result_close]

@@ -113,6 +113,29 @@ def test_truncation_keeps_the_tags_and_the_limit(name, limit, request):
     assert ("the mass of lead " * 9 in text) == (limit is None or limit >= 1000)
 
 
+@pytest.mark.parametrize("name", ["tag_tokenizer", "bpe_tokenizer"])
+def test_what_is_cut_off_a_huge_result_is_not_encoded(name, request):
+    renderer = Renderer(request.getfixturevalue(name), ["search"])
+    text = "result answer <eos>\n" * 100_000
+    encoded = []
+    encode = renderer._encode_split
+    renderer._encode_split = lambda part: encoded.append(len(part)) or encode(part)
+    cut = renderer.result_tokens(text, 60)
+    assert len(cut) == 60
+    assert sum(encoded) < 5000
+    assert cut[:50] == renderer.result_tokens(text[:4000])[:50]
+
+
+@pytest.mark.parametrize("name", ["tag_tokenizer", "bpe_tokenizer"])
+def test_bytes_that_are_no_text_are_encoded_all_the_same(name, request):
+    renderer = Renderer(request.getfixturevalue(name), ["search"])
+    pair = "\ud83d\ude00"
+    text = "a\udcff\x00" + bytes(range(256)).decode("utf-8", "surrogateescape") + pair + "\ud800"
+    assert renderer.result_tokens("a\udcffb") == renderer.result_tokens("a\ufffdb")
+    assert renderer.result_tokens(pair) == renderer.result_tokens("\N{GRINNING FACE}")
+    assert len(renderer.result_tokens(text, 40)) == 40
+
+
 def test_a_limit_below_the_tags_is_refused(chat):
     with pytest.raises(ValueError, match=f"at most 1 tokens cannot hold its tags \\({chat.result_overhead} tokens"):
         chat.result_tokens("x", 1)
