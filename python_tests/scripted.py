@@ -2,10 +2,13 @@
 
 import random
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
+
 from arpo_ext.config import RolloutConfig
-from arpo_ext.rollout import Completion, Probe, check_tree, collect
+from arpo_ext.rollout import Completion, Probe, check_tree, collect, metrics, schedule
 from arpo_ext.types import Prompt, StopReason, ToolResult
 
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "mass" + " of" * i},), ("1",)) for i in range(3)]
@@ -72,8 +75,33 @@ class Pool:
         future.set_result(self.answer(call))
         return future
 
+    def cancel(self, future):
+        return future.cancel()
+
     def wait(self, futures, timeout_s=None):
         wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED)
+
+
+class Clock:
+    """Stands for `time` where the collector reads it; moved by the scripts alone, so that no load shows in a test."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def advance(self, seconds):
+        self.now += seconds
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+    @contextmanager
+    def installed(self):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (schedule, metrics):
+                patch.setattr(module, "time", self)
+            yield self
 
 
 def rollout_config(**values):

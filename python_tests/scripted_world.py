@@ -13,14 +13,13 @@ import threading
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 
 import torch
-from scripted import check_trees
+from scripted import Clock, check_trees
 
 from arpo_ext.config import RolloutConfig, TrainConfig
 from arpo_ext.errors import CollectError
-from arpo_ext.rollout import Completion, Probe, collect, metrics, schedule
+from arpo_ext.rollout import Completion, Probe, collect
 from arpo_ext.training.advantages import CreditedTree
 from arpo_ext.training.batch import tree_rows
 from arpo_ext.types import Prompt, RolloutTree, StopReason, ToolResult
@@ -36,7 +35,11 @@ STEP_S = 0.01
 
 @dataclass(frozen=True)
 class Scenario:
-    """fail_at: engine step that raises. cancel_at, both timeouts: seconds of the world's clock. None: never."""
+    """fail_at: engine step that raises. cancel_at, both timeouts: seconds of the world's clock. None: never.
+
+    pace: draws which requests decode in a step; 0: all in every step. latency: draws how long tools take. What the
+    model says and what a tool answers depend on neither.
+    """
 
     config: RolloutConfig
     seed: int
@@ -44,21 +47,23 @@ class Scenario:
     max_model_len: int = 300
     fail_at: int | None = None
     cancel_at: float | None = None
+    pace: int = 0
+    latency: int = 0
 
 
 @dataclass
 class World:
-    """now: seconds. Advanced by the sampler's steps and by waiting for tools."""
+    """clock: advanced by the sampler's steps and by waiting for tools."""
 
     scenario: Scenario
     renderer: object
-    now: float = 0.0
+    clock: Clock = field(default_factory=Clock)
     cancel: threading.Event = field(default_factory=threading.Event)
 
     def advance(self, seconds):
-        self.now += seconds
+        self.clock.advance(seconds)
         at = self.scenario.cancel_at
-        if at is not None and self.now >= at:
+        if at is not None and self.clock.now >= at:
             self.cancel.set()
 
     def run(self, finished=()):
@@ -66,30 +71,26 @@ class World:
         scenario = self.scenario
         sampler = WorldSampler(self, scenario.fail_at)
         tools, heard = WorldTools(self), []
-        clock = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
-        kept = [(module, module.time) for module in (schedule, metrics)]
-        schedule.time = metrics.time = clock
-        try:
-            collected, failed = (
-                collect(
-                    PROMPTS[: scenario.prompts],
-                    sampler=sampler,
-                    tools=tools,
-                    renderer=self.renderer,
-                    config=scenario.config,
-                    seed=scenario.seed,
-                    progress=heard.append,
-                    cancel=None if scenario.cancel_at is None else self.cancel,
-                    finished=finished,
-                ),
-                False,
-            )
-        except CollectError as error:
-            collected, failed = error.collected, True
-        finally:
-            for module, time in kept:
-                module.time = time
-        return Outcome(collected.trees, collected.metrics, failed, sampler, tools, sum(heard), self.now)
+        with self.clock.installed():
+            try:
+                collected, failed = self._collect(sampler, tools, heard, finished), False
+            except CollectError as error:
+                collected, failed = error.collected, True
+        return Outcome(collected.trees, collected.metrics, failed, sampler, tools, sum(heard), self.clock.now)
+
+    def _collect(self, sampler, tools, heard, finished):
+        scenario = self.scenario
+        return collect(
+            PROMPTS[: scenario.prompts],
+            sampler=sampler,
+            tools=tools,
+            renderer=self.renderer,
+            config=scenario.config,
+            seed=scenario.seed,
+            progress=heard.append,
+            cancel=None if scenario.cancel_at is None else self.cancel,
+            finished=finished,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,11 @@ class WorldSampler:
         assert self.running
         self.steps += 1
         self.world.advance(STEP_S)
-        events = []
-        for id, (request, tokens, logprobs, reason, done) in list(self.running.items()):
+        events, pace = [], self.world.scenario.pace
+        slow = random.Random(f"{pace} {self.steps}") if pace else None
+        for place, (id, (request, tokens, logprobs, reason, done)) in enumerate(list(self.running.items())):
+            if slow is not None and place and slow.random() < 0.5:
+                continue
             done[0] += 1
             # Entropies: a function of the log-probabilities, so that the check can tell whose they are.
             entropies = tuple(-p for p in logprobs[: done[0]])
@@ -207,10 +211,12 @@ class WorldTools:
         self._may_never_answer = any(limit is not None for limit in limits)
 
     def submit(self, call):
-        rng = random.Random(f"{self.world.scenario.seed} {call.name} {call.text} {len(self.calls) % 3}")
+        scenario = self.world.scenario
+        rng = random.Random(f"{scenario.seed} {call.name} {call.text}")
+        late = random.Random(f"{scenario.seed} {scenario.latency} {call.name} {call.text} {len(self.calls)}")
         self.calls.append(call)
         future = Future()
-        latency_s, answer = _answer(rng, call)
+        latency_s, answer = _answer(rng, late, call)
         if latency_s == 0:
             future.set_result(answer)
             self.answers.append(answer)
@@ -218,8 +224,8 @@ class WorldTools:
         self._open += 1
         self.most = max(self.most, self._open)
         future.add_done_callback(lambda done: self._closed(done))
-        if not (self._may_never_answer and rng.random() < 0.05):
-            heapq.heappush(self._due, (self.world.now + latency_s, next(self._order), future, answer))
+        if not (self._may_never_answer and late.random() < 0.05):
+            heapq.heappush(self._due, (self.world.clock.now + latency_s, next(self._order), future, answer))
         return future
 
     def _closed(self, done):
@@ -228,19 +234,22 @@ class WorldTools:
             self.answers.append(done.result())
 
     def settle(self):
-        while self._due and self._due[0][0] <= self.world.now:
+        while self._due and self._due[0][0] <= self.world.clock.now:
             _, _, future, answer = heapq.heappop(self._due)
             if not future.cancelled():
                 future.set_result(answer)
+
+    def cancel(self, future):
+        return future.cancel()
 
     def wait(self, futures, timeout_s=None):
         self.settle()
         if any(future.done() for future in futures):
             return
         due = [at for at, _, future, _ in self._due if future in futures]
-        until = min(due, default=None) if timeout_s is None else min([self.world.now + timeout_s, *due])
+        until = min(due, default=None) if timeout_s is None else min([self.world.clock.now + timeout_s, *due])
         assert until is not None, "stalled: waits for tools that never answer, without a deadline"
-        self.world.advance(until - self.world.now)
+        self.world.advance(until - self.world.clock.now)
         self.settle()
 
 
@@ -252,10 +261,10 @@ _TEXTS = (
 )  # fmt: skip
 
 
-def _answer(rng, call):
+def _answer(rng, late, call):
     """(seconds, result)."""
     kind = rng.random()
-    latency_s = 0.0 if kind < 0.3 else rng.lognormvariate(-3, 1.5)
+    latency_s = 0.0 if late.random() < 0.3 else late.lognormvariate(-3, 1.5)
     if kind > 0.95:
         return 5.0, ToolResult(call.name, f"the {call.name} tool did not answer within 5 s", ok=False, seconds=5.0)
     if kind > 0.8:

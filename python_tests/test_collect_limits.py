@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from scripted import (
     PROMPTS,
+    Clock,
     Pool,
     ScriptedSampler,
     check_trees,
@@ -40,15 +41,27 @@ def _ends(collected):
 class Stuck(Pool):
     """Calls of the text `slow` are never answered."""
 
-    def __init__(self):
+    def __init__(self, clock=None):
         super().__init__()
-        self.stuck = []
+        self.clock, self.stuck = clock, []
 
     def submit(self, call):
         if call.text != "slow":
             return super().submit(call)
         self.stuck.append(Future())
         return self.stuck[-1]
+
+    def wait(self, futures, timeout_s=None):
+        if self.clock is None:
+            super().wait(futures, timeout_s)
+        elif not any(future.done() for future in futures):
+            self.clock.advance(timeout_s)
+
+
+@pytest.fixture
+def clock():
+    with Clock().installed() as clock:
+        yield clock
 
 
 def _one_is_slow(request):
@@ -162,9 +175,9 @@ def test_calls_beyond_the_limit_of_the_tree_get_a_message_and_the_model_may_answ
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_path_whose_time_is_over_is_cut_and_the_others_go_on(renderer, deterministic):
+def test_a_path_whose_time_is_over_is_cut_and_the_others_go_on(renderer, clock, deterministic):
     config = rollout_config(paths=3, initial_paths=1, path_timeout_s=0.05, deterministic=deterministic)
-    pool, heard = Stuck(), []
+    pool, heard = Stuck(clock), []
     collected, _ = collect_scripted(renderer, _one_is_slow, config, pool=pool, progress=heard.append)
     check_trees(collected.trees, config)
     assert _ends(collected) == {StopReason.TIMEOUT: 3, StopReason.EOS: 6}
@@ -178,37 +191,37 @@ def test_a_path_whose_time_is_over_is_cut_and_the_others_go_on(renderer, determi
     assert (cut.tokens, cut.sampled, cut.stop_reason) == ((), False, StopReason.TIMEOUT)
 
 
-def test_a_path_that_decodes_too_long_is_cut_and_its_request_aborted(renderer):
+def test_a_path_that_decodes_too_long_is_cut_and_its_request_aborted(renderer, clock):
     sampler = ScriptedSampler(renderer, lambda r: ("x" * 150 if len(r.tokens) == 1 else "xx<eos>", None))
-    sampler.before_step = lambda: time.sleep(0.002)
+    sampler.before_step = lambda: clock.advance(0.002)
     config = rollout_config(policy="chain", paths=2, path_timeout_s=0.05)
     collected = collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
     check_trees(collected.trees, config)
     assert _ends(collected) == {StopReason.TIMEOUT: 2, StopReason.EOS: 4}
     assert not sampler.running
-    assert sampler.steps < 100
+    assert sampler.steps == 25
 
 
-def test_the_clock_of_a_path_does_not_run_while_it_waits_for_its_turn(renderer):
+def test_the_clock_of_a_path_does_not_run_while_it_waits_for_its_turn(renderer, clock):
     sampler = ScriptedSampler(renderer, lambda r: ("xxxx<eos>", None))
-    sampler.before_step = lambda: time.sleep(0.004)
-    config = rollout_config(policy="chain", path_timeout_s=0.2, max_open_requests=1)
+    sampler.before_step = lambda: clock.advance(0.004)
+    config = rollout_config(policy="chain", path_timeout_s=0.021, max_open_requests=1)
     collected = collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
-    assert collected.metrics["rollout/seconds"] > 0.4
+    assert collected.metrics["rollout/seconds"] == pytest.approx(24 * 5 * 0.004)
     assert _ends(collected) == {StopReason.EOS: 24}
 
 
 @pytest.mark.parametrize("policy", ["paper", "aepo", "at2po", "appo", "random", "chain"])
-def test_every_policy_survives_paths_that_are_cut_before_they_say_anything(renderer, policy):
+def test_every_policy_survives_paths_that_are_cut_before_they_say_anything(renderer, clock, policy):
     sampler = ScriptedSampler(renderer, lambda r: ("x" * 99, None))
-    sampler.before_step = lambda: time.sleep(0.002)
+    sampler.before_step = lambda: clock.advance(0.002)
     config = rollout_config(policy=policy, path_timeout_s=0.001)
     collected = collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
     check_trees(collected.trees, config)
     assert _ends(collected) == {StopReason.TIMEOUT: 24}
 
 
-def test_siblings_of_a_turn_that_was_cut_stay_accounted_for(renderer):
+def test_siblings_of_a_turn_that_was_cut_stay_accounted_for(renderer, clock):
     def script(request):
         if not turns_read(request):
             return "<search>mass</search>", [0.1]
@@ -216,7 +229,7 @@ def test_siblings_of_a_turn_that_was_cut_stay_accounted_for(renderer):
         return ("x" * 199 if request.id == 1 else "<answer>7</answer><eos>"), [0.9]
 
     sampler = ScriptedSampler(renderer, script)
-    sampler.before_step = lambda: time.sleep(0.002)
+    sampler.before_step = lambda: clock.advance(0.002)
     config = rollout_config(paths=2, initial_paths=1, path_timeout_s=0.15)
     collected = collect(PROMPTS[:1], sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
     check_trees(collected.trees, config)
@@ -226,11 +239,10 @@ def test_siblings_of_a_turn_that_was_cut_stay_accounted_for(renderer):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_when_the_time_of_the_call_is_over_it_returns_what_is_complete(renderer, deterministic):
+def test_when_the_time_of_the_call_is_over_it_returns_what_is_complete(renderer, clock, deterministic):
     config = rollout_config(paths=2, initial_paths=1, collect_timeout_s=0.1, deterministic=deterministic)
-    pool, started = Stuck(), time.monotonic()
-    collected, _ = collect_scripted(renderer, _one_is_slow, config, pool=pool)
-    assert time.monotonic() - started < 5
+    collected, _ = collect_scripted(renderer, _one_is_slow, config, pool=Stuck(clock))
+    assert clock.now == pytest.approx(0.1)
     check_trees(collected.trees, config)
     ends = [[leaf.end.value for leaf in tree.leaves] for tree in collected.trees]
     assert ends[0] == ["cancelled"] * 2

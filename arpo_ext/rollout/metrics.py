@@ -17,7 +17,7 @@ class Meter:
     refused: calls answered without a tool. fresh: paths started to fill a tree up.
     """
 
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     decode_s: float = 0.0
     tool_wait_s: float = 0.0
     tool_s: float = 0.0

@@ -120,6 +120,8 @@ class Schedule:
 
     def take_overdue(self) -> list[OpenPath]:
         """The paths whose time is over; their requests are aborted and what their tools answer is not looked at."""
+        if self._config.path_timeout_s is None:
+            return []
         now = time.monotonic()
         return self._drop(lambda path: path.expires <= now)
 
@@ -139,7 +141,7 @@ class Schedule:
         self._calls = [call for call in self._calls if not is_due(call.path)]
         for call in calling:
             if call.future is not None:
-                call.future.cancel()
+                self._tools.cancel(call.future)
                 self._meter.abandoned += 1
         return [*sampling.values(), *(call.path for call in calling)]
 
