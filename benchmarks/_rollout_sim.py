@@ -23,19 +23,21 @@ from arpo_ext.types import Prompt, StopReason, ToolCall, ToolResult
 
 @dataclass(frozen=True)
 class Engine:
-    """Cost of a decode step with n sequences: step_s + n * token_s, for at most max_num_seqs of them."""
+    """Cost of a step with n sequences of which m are new: step_s + n * token_s + m * admit_s; at most max_num_seqs."""
 
     step_s: float = 5e-3
     token_s: float = 0.17e-3
+    admit_s: float = 0.0
     max_num_seqs: int = 512
 
-    def step_cost_s(self, sequences: int) -> float:
-        return self.step_s + sequences * self.token_s
+    def step_cost_s(self, sequences: int, new: int = 0) -> float:
+        return self.step_s + sequences * self.token_s + new * self.admit_s
 
 
 @dataclass(frozen=True)
 class Workload:
-    """turns: tool calls of every path. tokens: mean length of a turn. Latencies: log-normal, median and sigma."""
+    """turns: tool calls of every path. tokens: mean length of a turn. Latencies: log-normal, median and sigma; or drawn
+    from `recorded` ones, if there are any."""
 
     prompts: int = 64
     paths: int = 8
@@ -44,6 +46,7 @@ class Workload:
     median_s: float = 1.0
     sigma: float = 1.0
     seed: int = 0
+    recorded: tuple[float, ...] = ()
 
     @property
     def all_paths(self) -> int:
@@ -55,6 +58,8 @@ class Workload:
 
     def latency_s(self, path: int, turn: int) -> float:
         draw = random.Random(f"latency {self.seed} {path} {turn}")
+        if self.recorded:
+            return draw.choice(self.recorded)
         return self.median_s * math.exp(self.sigma * draw.gauss(0, 1))
 
 
@@ -154,10 +159,11 @@ class SimulatedSampler:
         self._queue.append(_Sequence(request, path, turn, self._workload.length(path, turn)))
 
     def step(self) -> list[Probe | Completion]:
+        before = len(self._running)
         while self._queue and len(self._running) < self._engine.max_num_seqs:
             sequence = self._queue.popleft()
             self._running[sequence.request.id] = sequence
-        self._clock.now += self._engine.step_cost_s(len(self._running))
+        self._clock.now += self._engine.step_cost_s(len(self._running), len(self._running) - before)
         self._tools.settle()
         events: list[Probe | Completion] = []
         for sequence in list(self._running.values()):
@@ -212,9 +218,10 @@ def lock_step_makespan_s(engine: Engine, workload: Workload) -> float:
         lengths = sorted((workload.length(path, turn) for path in range(workload.all_paths)), reverse=True)
         waiting, running = deque(lengths), []
         while waiting or running:
+            before = len(running)
             while waiting and len(running) < engine.max_num_seqs:
                 running.append(waiting.popleft())
-            now += engine.step_cost_s(len(running))
+            now += engine.step_cost_s(len(running), len(running) - before)
             running = [left - 1 for left in running if left > 1]
         if turn < workload.turns:
             now += max(workload.latency_s(path, turn) for path in range(workload.all_paths))
@@ -226,8 +233,10 @@ def bound_s(engine: Engine, workload: Workload) -> float:
     turns = range(workload.turns + 1)
     alone = max(
         sum(workload.length(path, turn) for turn in turns) * engine.step_cost_s(1)
+        + len(turns) * engine.admit_s
         + sum(workload.latency_s(path, turn) for turn in range(workload.turns))
         for path in range(workload.all_paths)
     )
     tokens = sum(workload.length(path, turn) for path in range(workload.all_paths) for turn in turns)
-    return max(alone, tokens * engine.step_cost_s(engine.max_num_seqs) / engine.max_num_seqs)
+    admitted = workload.all_paths * len(turns) * engine.admit_s
+    return max(alone, tokens * engine.step_cost_s(engine.max_num_seqs) / engine.max_num_seqs + admitted)

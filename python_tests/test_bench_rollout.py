@@ -38,9 +38,25 @@ def test_no_schedule_beats_the_bound(max_num_seqs):
 
 def test_the_benchmark_writes_its_rows_and_the_collector_is_ahead(tmp_path, capsys):
     path = tmp_path / "rollout.json"
-    assert bench_rollout.main(["--seeds", "3", "--prompts", "16", "--json", str(path)]) == 0
-    result = json.loads(path.read_text())
+    assert bench_rollout.main(["--sections", "simulated", "--seeds", "3", "--prompts", "16", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())["simulated"]
     assert len(result["rows"]) == 3
     assert all(row["collector_s"] < row["lock_step_s"] for row in result["rows"])
     assert result["medians"]["of_lock_step"] <= 0.6
-    assert "of the bound" in capsys.readouterr().out
+    assert "of_bound" in capsys.readouterr().out
+
+
+def test_a_new_sequence_costs_what_the_engine_says_of_it():
+    engine, workload = Engine(step_s=0.01, token_s=0.0, admit_s=0.5), Workload(prompts=1, paths=1, turns=2, tokens=10)
+    expected = sum(workload.length(0, t) for t in range(3)) * 0.01 + 3 * 0.5
+    expected += sum(workload.latency_s(0, t) for t in range(2))
+    for makespan in (collector_makespan_s, lock_step_makespan_s, bound_s):
+        assert makespan(engine, workload) == pytest.approx(expected)
+
+
+def test_recorded_latencies_are_drawn_alike_for_every_scheduler():
+    workload = Workload(recorded=(0.25, 4.0), seed=3)
+    drawn = [workload.latency_s(path, turn) for path in range(100) for turn in range(3)]
+    assert set(drawn) == {0.25, 4.0}
+    assert 100 < drawn.count(4.0) < 200
+    assert drawn == [workload.latency_s(path, turn) for path in range(100) for turn in range(3)]
