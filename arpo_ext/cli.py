@@ -237,7 +237,7 @@ def _run_folder(config: Config) -> Iterator[Tracker]:
     earlier = path.read_bytes() if path.exists() else None
     path.write_text(dump_config(config), encoding="utf-8")
     try:
-        with Tracker(folder, config.tracking) as tracker:
+        with Tracker(folder, config.tracking, config.model_dump(mode="json")) as tracker:
             yield tracker
     except ArpoError as error:
         if new and not _holds_run(folder):

@@ -327,6 +327,8 @@ class EvalConfig(_Section):
 
 class TrackingConfig(_Section):
     tensorboard: bool = True
+    wandb: str | None = Field(None, description="project of Weights & Biases; its own variables name the account")
+    trackio: str | None = Field(None, description="project of Trackio; its own variables name the Space, if any")
     progress: bool = True
     trees_per_step: int = Field(4, ge=0, description="trees of each step kept in trees.jsonl; all for `rollout`")
 

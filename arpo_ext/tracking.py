@@ -1,4 +1,4 @@
-"""What a run records: `metrics.jsonl`, TensorBoard events and progress bars.
+"""What a run records: `metrics.jsonl`, TensorBoard events, what services get, and progress bars.
 
 `metrics.jsonl` holds one flat object a line: {"step", "kind", "time_s", **values}. It is flushed line by line, so a
 killed run keeps every finished step, and `rewind` drops what lies beyond the checkpoint a run resumes from.
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from arpo_ext.config import TrackingConfig
+from arpo_ext.tracking_services import Services
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +33,10 @@ class Tracker:
     Only rank 0 of a distributed run (environment variable RANK) writes and shows anything.
     """
 
-    def __init__(self, output_dir: str | Path, config: TrackingConfig) -> None:
+    def __init__(
+        self, output_dir: str | Path, config: TrackingConfig, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """settings: the run's whole configuration as plain values, shown by the services."""
         self.output_dir = Path(output_dir)
         self.config = config
         self.main = os.environ.get("RANK", "0") == "0"
@@ -41,6 +45,7 @@ class Tracker:
         self._purge_step: dict[str, int] = {}
         if self.main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._services = Services(self.output_dir, config, settings or {})
             self._metrics = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, step: int, kind: Kind, values: Mapping[str, float]) -> None:
@@ -59,6 +64,7 @@ class Tracker:
                 if value is not None:
                     writer.add_scalar(name, value, step)
             writer.flush()
+        self._services.log(step, {name: value for name, value in finite.items() if value is not None})
 
     def rewind(self, step: int, kinds: tuple[Kind, ...] = ("train", "eval")) -> None:
         """Forget what `kinds` recorded beyond `step` (-1: everything), so that a run can write those steps again.
@@ -104,6 +110,7 @@ class Tracker:
     def close(self) -> None:
         if self.main:
             self._metrics.close()
+            self._services.close()
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()

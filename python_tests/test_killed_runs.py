@@ -81,7 +81,7 @@ def kill_at(process, moments, wanted, delay_s):
 
 
 def read_untimed(folder):
-    timed = ("time_s", "train/seconds")
+    timed = ("time_s", "train/seconds", "memory/peak_gib")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 

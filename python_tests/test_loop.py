@@ -20,7 +20,7 @@ from arpo_ext.types import RolloutTree
 TRAIN_METRICS = {
     "reward/mean", "reward/accuracy", "reward/std", "rollout/tool_calls", "train/loss", "train/grad_norm",
     "train/lr", "train/clip_fraction", "train/entropy", "train/logprob_gap_mean", "train/logprob_gap_max",
-    "train/ratio_max", "train/seconds", "push/seconds",
+    "train/ratio_max", "train/seconds", "push/seconds", "reward/format", "tokens/unique", "memory/peak_gib",
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, settings):
     assert resumed.drawn == whole.drawn[4:]
     for (name, a), b in zip(whole_model.state_dict().items(), resumed_model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    timed = ("time_s", "train/seconds")
+    timed = ("time_s", "train/seconds", "memory/peak_gib")
     a, b = (
         [{k: v for k, v in row.items() if k not in timed} for row in read(tmp_path / name / "metrics.jsonl")]
         for name in ("whole", "killed")
@@ -145,7 +145,7 @@ def test_every_prompt_is_drawn_once_an_epoch(tmp_path):
 
 
 def read_untimed(folder):
-    timed = ("time_s", "train/seconds")
+    timed = ("time_s", "train/seconds", "memory/peak_gib")
     return [{k: v for k, v in row.items() if k not in timed} for row in read(folder / "metrics.jsonl")]
 
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 
 from arpo_ext.config import TrackingConfig
 from arpo_ext.data import append_trees
+from arpo_ext.errors import ConfigError
 from arpo_ext.tracking import Tracker
 from arpo_ext.types import RolloutTree, Segment
 
@@ -112,3 +114,60 @@ def test_rewind_drops_a_line_cut_inside_a_character(tmp_path):
     with Tracker(tmp_path, TrackingConfig(tensorboard=False, progress=False)) as tracker:
         tracker.rewind(1)
     assert trees.read_bytes() == whole
+
+
+class FakeService:
+    """Stands in the place of a tracker's package and keeps what it is told."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_gets_what_is_finite_and_a_continued_folder_its_run(tmp_path, monkeypatch, name):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, name, service)
+    config = QUIET.model_copy(update={name: "agents"})
+    for step in (1, 2):
+        with Tracker(tmp_path / "run", config, {"seed": 3}) as tracker:
+            tracker.log(step, "train", {"train/loss": 0.5, "train/entropy": math.nan})
+    with Tracker(tmp_path / "elsewhere" / "run", config, {"seed": 3}):
+        pass
+    assert service.logged == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})]
+    assert service.finished == 3
+    first, again, other = service.started
+    assert first == again
+    assert first["project"] == "agents"
+    assert first["config"] == {"seed": 3}
+    assert first["resume"] == "allow"
+    identity = "id" if name == "wandb" else "name"
+    assert first[identity] != other[identity]
+
+
+def test_a_service_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ConfigError, match=r"tracking\.wandb is set, but the package is not installed; expected pip inst"
+    ):
+        Tracker(tmp_path, QUIET.model_copy(update={"wandb": "agents"}))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_only_the_main_rank_starts_a_service(tmp_path, monkeypatch):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setenv("RANK", "1")
+    with Tracker(tmp_path, QUIET.model_copy(update={"wandb": "agents"})) as tracker:
+        tracker.log(1, "train", {"train/loss": 0.5})
+    assert not service.started
+    assert not service.logged

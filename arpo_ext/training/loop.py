@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import nn
 
 from arpo_ext.config import Config
@@ -28,8 +25,9 @@ from arpo_ext.tracking import Tracker
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
 from arpo_ext.training.checkpoint import RunState, save_model
-from arpo_ext.training.gather import Collected, Gathered, gather_trees, has_spread
+from arpo_ext.training.gather import Collected, Gathered, gather_trees
 from arpo_ext.training.keeper import Keeper
+from arpo_ext.training.metrics import memory_metrics, tree_metrics
 from arpo_ext.training.schedule import set_learning_rate
 from arpo_ext.training.step import global_max, global_sum, policy_step, prepare
 from arpo_ext.training.termination import Terminated, Termination
@@ -109,7 +107,8 @@ def train(
             )
         metrics |= {"train/lr": rate, "train/seconds": time.perf_counter() - started}
         metrics["push/seconds"] = push(accelerator.unwrap_model(model))
-        return trees, {**_reward_metrics(accelerator, gathered.scored), **gathered.metrics, **metrics}
+        metrics |= memory_metrics(accelerator.device)
+        return trees, {**tree_metrics(accelerator, gathered.scored), **gathered.metrics, **metrics}
 
     def evaluated() -> RunState:
         with termination.at_once(alone):
@@ -167,23 +166,3 @@ def _draw(prompts: Sequence[Prompt], seed: int, position: int, start: int, count
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _reward_metrics(accelerator: Accelerator, trees: Sequence[RolloutTree]) -> dict[str, float]:
-    """Mean and population standard deviation of the reward, and mean accuracy, over all leaves of all ranks.
-
-    `reward/flat_groups` is the share of trees whose leaves all have one reward and therefore no advantage.
-    """
-    reward = torch.tensor([leaf.reward for tree in trees for leaf in tree.leaves], dtype=torch.float64)
-    accuracy = [math.nan if leaf.accuracy is None else leaf.accuracy for tree in trees for leaf in tree.leaves]
-    flat = sum(not has_spread(tree) for tree in trees)
-    count, total, squares, correct, flat, groups = global_sum(
-        accelerator, [len(reward), float(reward.sum()), float(reward.square().sum()), sum(accuracy), flat, len(trees)]
-    )
-    mean = total / count
-    return {
-        "reward/mean": mean,
-        "reward/accuracy": correct / count,
-        "reward/std": math.sqrt(max(squares / count - mean**2, 0.0)),
-        "reward/flat_groups": flat / groups,
-    }
