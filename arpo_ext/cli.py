@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from arpo_ext import __version__
 from arpo_ext.config import Config, dump_config, load_config
-from arpo_ext.errors import ArpoError, CheckpointError, ConfigError
+from arpo_ext.errors import ArpoError, CheckpointError, CollectError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,18 +149,32 @@ def _train(arguments: argparse.Namespace) -> int:
 def _rollout(arguments: argparse.Namespace) -> int:
     config = _run_config(arguments)
     from arpo_ext.data import append_trees
+    from arpo_ext.rollout.tree import read_trees
 
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
+    path = config.output_dir / "trees.jsonl"
+    saved = [tree for tree in read_trees(path) if tree.is_complete] if path.exists() else []
     with _engine(config) as (sampler, tools, renderer), _run_folder(config) as tracker:
-        collected = _collector(config, sampler, tools, renderer, tracker)(prompts, 0)
+        try:
+            collected = _collector(config, sampler, tools, renderer, tracker)(prompts, 0, finished=saved)
+        except CollectError as error:
+            complete = [tree for tree in _new(error.collected.trees, saved) if tree.is_complete]
+            append_trees(path, _scorer(config)(_of_step(0, complete)))
+            message = f"{error}; {path} keeps the complete ones, and train.resume=true goes on with the others"
+            raise CollectError(message, error.collected) from error
         trees = _scorer(config)(collected.trees)
-        append_trees(config.output_dir / "trees.jsonl", trees)
+        append_trees(path, _new(trees, saved))
         rewards = [leaf.reward for tree in trees for leaf in tree.leaves]
         tracker.log(0, "rollout", {**collected.metrics, "reward/mean": sum(rewards) / len(rewards)})
     for name, value in sorted(collected.metrics.items()):
         print(f"{name:<32} {value:.6g}")
-    print(f"trees: {config.output_dir / 'trees.jsonl'}")
+    print(f"trees: {path}")
     return 0
+
+
+def _new(trees: Sequence[RolloutTree], saved: Sequence[RolloutTree]) -> list[RolloutTree]:
+    known = {tree.prompt_id for tree in saved}
+    return [tree for tree in trees if tree.prompt_id not in known]
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -281,7 +295,7 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
 
     baselines: dict[tuple[int, ...], float] = {}
 
-    def run(prompts: Sequence[Prompt], step: int, attempt: int = 0) -> Any:
+    def run(prompts: Sequence[Prompt], step: int, attempt: int = 0, finished: Sequence[RolloutTree] = ()) -> Any:
         calls_before = sum(stats.calls for stats in tools.stats.values())
         with tracker.progress(len(prompts) * config.rollout.paths, "rollouts") as progress:
 
@@ -300,11 +314,15 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
                 seed=config.seed * 1_000_003 + step + attempt * 1_000_003**2,
                 progress=ended,
                 baselines=baselines,
+                finished=finished,
             )
-        trees = [dataclasses.replace(tree, metadata={**tree.metadata, "step": step}) for tree in collected.trees]
-        return dataclasses.replace(collected, trees=trees)
+        return dataclasses.replace(collected, trees=_of_step(step, collected.trees))
 
     return run
+
+
+def _of_step(step: int, trees: Sequence[RolloutTree]) -> list[RolloutTree]:
+    return [dataclasses.replace(tree, metadata={**tree.metadata, "step": step}) for tree in trees]
 
 
 def _scorer(config: Config) -> Any:

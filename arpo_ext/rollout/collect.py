@@ -67,8 +67,8 @@ def collect(
     What a tool or the model does wrong becomes part of a tree, never an exception. A path whose time is over ends as
     `timeout`; those that are open when the call is cancelled or its time is over, and those not begun, end as
     `cancelled`. Both are leaves (`StopReason.is_forced`) that are never trained. CollectError, with the trees, if the
-    sampler fails. DataError if a prompt leaves no room to answer, ValueError if a finished tree is of another call,
-    both before anything is sampled.
+    sampler fails. DataError, before anything is sampled, if a prompt leaves no room to answer or a finished tree is of
+    another call.
     """
     run = _Run(sampler, tools, renderer, config, seed, greedy, progress, baselines, cancel)
     run.plant(prompts, finished)

@@ -45,9 +45,14 @@ class Meter:
         self.tool_s += result.seconds
 
     def summary(self, trees: Sequence[RolloutTree]) -> dict[str, float]:
-        """Numbers of the call under names that start with `rollout/`; README lists them.
+        """Numbers of the call under names that start with `rollout/`.
 
         Work for a shared prefix or tool call counts once, but for each path in `tool_calls_per_path`.
+
+        seconds: makespan, of which decode_seconds in the sampler, decode_idle_seconds outside of it, tool_wait_seconds
+        with nothing to do but wait for tools. tool_seconds: of all calls that were waited for, added up.
+        context_tokens: of all requests when they began, of which prefix_tokens_reused were cached (if the sampler says
+        so), in prefix_cache_hits requests. forks_at_depth_D: forks behind D tool results, for each D that has some.
         """
         leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
         results = sum(s.tool is not None for tree, leaf in leaves for s in tree.response_segments(leaf))

@@ -159,14 +159,14 @@ class Schedule:
             self._meter.count_request(request)
 
     def _fill_calls(self) -> None:
-        limit = self._config.max_open_calls
-        waiting = [call for call in self._calls if call.future is None]
-        if limit is not None:
-            running = sum(not call.is_done for call in self._calls) - len(waiting)
-            waiting = waiting[: max(limit - running, 0)]
-        for call in waiting:
-            call.future = self._tools.submit(call.call)
-            self._meter.calls += 1
+        limit = math.inf if self._config.max_open_calls is None else self._config.max_open_calls
+        running = sum(call.future is not None and not call.is_done for call in self._calls)
+        for call in self._calls:
+            if call.future is None and running < limit:
+                call.future = self._tools.submit(call.call)
+                self._meter.calls += 1
+                # An answer that is there at once, from a cache, leaves its place to the next call.
+                running += not call.is_done
 
     def _must_wait(self) -> bool:
         if self.is_stopped or self._next_deadline() <= time.monotonic():

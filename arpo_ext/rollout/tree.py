@@ -145,7 +145,7 @@ def match_finished(
     """Position of a tree -> the complete tree that an earlier call collected in its place.
 
     Trees that share an identity (two prompts with one id) are matched in their order. Incomplete ones match nothing.
-    ValueError for a tree of another prompt, seed, policy or number of paths.
+    DataError for a tree of another prompt, seed, policy or number of paths.
     """
     places: dict[str, list[int]] = {}
     for index, tree in enumerate(trees):
@@ -154,13 +154,13 @@ def match_finished(
     for tree in finished:
         index = next(iter(places.get(tree.prompt_id, [])), None)
         if index is None:
-            raise ValueError(
+            raise DataError(
                 f"a finished tree answers prompt {tree.prompt_id!r}; expected one of the prompts, each once"
             )
         places[tree.prompt_id].pop(0)
         got = (tree.policy, tree.seed, len(tree.leaves), tree.segments[0].tokens)
         if got != (policy, seed, paths, trees[index].segments[0].tokens):
-            raise ValueError(
+            raise DataError(
                 f"the finished tree of prompt {tree.prompt_id!r} has policy {tree.policy}, seed {tree.seed} and "
                 f"{len(tree.leaves)} leaves; expected {policy}, {seed} and {paths} from the same prompt tokens"
             )
