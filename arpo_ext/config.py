@@ -266,7 +266,11 @@ class TrainConfig(_Section):
     steps: PositiveInt = 40
     prompts_per_step: PositiveInt = 16
     updates_per_step: PositiveInt = Field(1, description="optimiser steps per rollout, over disjoint parts of it")
-    micro_batch_rows: PositiveInt = 16
+    packing: Literal["tree", "rows"] = Field("tree", description="what rows share is read once, or in every row")
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="`tree`: distinct tokens read at once; a longer row is alone"
+    )
+    micro_batch_rows: PositiveInt = Field(16, description="`rows`: rows read at once")
     lr: PositiveFloat = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)

@@ -93,11 +93,10 @@ def test_a_turn_is_what_the_model_wrote_between_two_results():
     assert long.turn[long.trained].tolist() == [0, 0, 0, 1]
     assert short.turn[short.trained].tolist() == [0, 0, 0]
     for rows, expected in (([long], [0] * 3 + [1]), ([long, short, long], [0] * 3 + [1] + [2] * 3 + [3] * 3 + [4])):
-        batch = policy_batch(rows, TrainConfig(), 0)
-        mask = batch.text.mask.flatten()
-        assert int(batch.columns.turn.max()) < batch.columns.turn.numel()
-        assert batch.columns.turn[mask].unique(return_inverse=True)[1].tolist() == expected
-    assert batch.columns.row[mask].tolist() == [0] * 4 + [1] * 3 + [2] * 4
+        for packing in ("tree", "rows"):
+            columns = policy_batch(rows, TrainConfig(packing=packing), 0).columns
+            assert columns.turn.tolist() == expected
+    assert columns.row.tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
 
 def test_weights_of_both_loss_scales():
@@ -118,7 +117,7 @@ def test_missing_sampler_logprobs_are_refused_where_they_are_needed():
 @pytest.mark.parametrize(("loss_scale", "normalizer"), [("token_mean", 26.0), ("sequence_mean", 6.0)])
 def test_rows_without_advantage_are_left_out_but_stay_in_the_normalizer(loss_scale, normalizer):
     credited = credit_trees([forked_tree(), forked_tree((1.0, 1.0, 1.0))], estimator="grpo")
-    config = TrainConfig(loss_scale=loss_scale, micro_batch_rows=2)
+    config = TrainConfig(loss_scale=loss_scale, packing="rows", micro_batch_rows=2)
     (update,) = plan_updates(credited, config, seed=0, pad_token=0)
     assert [batch.text.tokens.shape[0] for batch in update.micro_batches] == [2, 1]
     assert update.normalizer == pytest.approx(normalizer)
@@ -127,7 +126,7 @@ def test_rows_without_advantage_are_left_out_but_stay_in_the_normalizer(loss_sca
 def test_updates_are_disjoint_sets_of_trees():
     trees = [forked_tree(prompt_id=str(i)) for i in range(5)]
     credited = credit_trees(trees, estimator="grpo")
-    config = TrainConfig(updates_per_step=2, micro_batch_rows=100)
+    config = TrainConfig(updates_per_step=2, packing="rows", micro_batch_rows=100)
     plans = {seed: plan_updates(credited, config, seed=seed, pad_token=0) for seed in range(4)}
     for plan in plans.values():
         assert [batch.text.tokens.shape[0] for update in plan for batch in update.micro_batches] == [9, 6]

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import VOCAB, forked_tree, tiny_model, tree
+from tiny import forked_tree, tiny_model, tree
 
 from arpo_ext.config import TrainConfig
 from arpo_ext.errors import ModelError
 from arpo_ext.training.advantages import credit_trees
 from arpo_ext.training.batch import plan_updates, weightless_batch
+from arpo_ext.training.forward import prepare_model
 from arpo_ext.training.step import policy_step
 from arpo_ext.training.weights import named_weights
 
@@ -118,9 +119,12 @@ def relative(got, expected):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(seed=1)
+    model = tiny_model(seed=1)
+    prepare_model(model, packed=True)
+    return model
 
 
+@pytest.mark.parametrize("packing", [{"micro_batch_tokens": 14}, {"packing": "rows", "micro_batch_rows": 4}], ids=str)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -134,8 +138,8 @@ def model():
     ],
     ids=str,
 )
-def test_gradient_equals_the_naive_implementation(model, settings):
-    config = TrainConfig(grad_clip=UNCLIPPED, micro_batch_rows=4, **settings)
+def test_gradient_equals_the_naive_implementation(model, settings, packing):
+    config = TrainConfig(grad_clip=UNCLIPPED, **packing, **settings)
     trees = sampled_trees(model, noise=0.5)
     got, metrics = gradient_by_step(model, trees, config)
     # With one update the old policy is the model itself: the ratio is 1.
@@ -161,10 +165,12 @@ def test_the_cap_bites_and_keeps_the_gradient(model):
 def test_any_split_into_micro_batches_gives_the_same_update(model, loss_scale):
     trees = sampled_trees(model, noise=0.3, rewards=[(1.0, 0.0, 0.0), (0.0, 2.0, 0.5), (1.0, 1.0, 0.0)])
     results = []
-    for rows in (1, 2, 4, 5, 16):
-        config = TrainConfig(grad_clip=UNCLIPPED, micro_batch_rows=rows, loss_scale=loss_scale)
+    cuts = [("rows", {"micro_batch_rows": rows}) for rows in (1, 2, 4, 5, 16)]
+    cuts += [("tree", {"micro_batch_tokens": tokens}) for tokens in (1, 11, 16, 30, 100)]
+    for pad_token, (packing, cut) in enumerate(cuts):
+        config = TrainConfig(grad_clip=UNCLIPPED, packing=packing, loss_scale=loss_scale, **cut)
         # The padding token must not matter either.
-        results.append(gradient_by_step(model, trees, config, pad_token=rows % VOCAB))
+        results.append(gradient_by_step(model, trees, config, pad_token=pad_token))
     for gradient, metrics in results[1:]:
         assert relative(gradient, results[0][0]) < 5e-6
         for name in ("train/loss", "train/entropy", "train/clip_fraction", "train/logprob_gap_mean"):
@@ -206,7 +212,7 @@ def test_two_updates_take_the_ratio_against_the_policy_before_the_first(model):
             for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
                 parameter -= 0.05 * gradient
     for a, b in zip(got.parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_the_gap_to_the_sampler_is_measured_before_the_weights_move(model):

@@ -1,25 +1,32 @@
-"""From credited trees to micro-batches of flat rows: one row per leaf, its whole path.
+"""From credited trees to rows, one per leaf, its whole path; and from rows to micro-batches.
 
 Only tokens the model sampled are trained: never the prompt, a tool result or any other text put into the path.
 A row whose advantages are all zero adds nothing to the gradient (unless there is a KL or an entropy term) and is left
 out, but its share stays in the normaliser, so leaving it out changes the cost and not the update.
 
-Rows are padded on the right and no attention mask is made: with causal attention a token never sees the padding behind
-it, the padding's own outputs are not read, and kernels keep their fast causal form (a dense mask costs twice the time).
+The loss reads the trained tokens of every row; how the model reads the rows (`train.packing`) does not change it:
+
+tree: every prefix that rows share once (`packing`). What the model says of a token is then handed to all its rows, so
+any loss over rows is exact, with its gradient. Padding and masks are not needed.
+
+rows: padded on the right. No attention mask is made: with causal attention a token never sees the padding behind it,
+the padding's own outputs are not read, and kernels keep their fast causal form (a dense mask costs twice the time).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from arpo_ext.config import TrainConfig
 from arpo_ext.training.advantages import CreditedTree
+from arpo_ext.training.attention import TreeAttention, tree_attention
 from arpo_ext.training.objective import TokenColumns
+from arpo_ext.training.packing import pack, split
 from arpo_ext.types import RolloutTree, Segment
 
 
@@ -49,30 +56,40 @@ class PolicyRow(Row):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded rows and the positions whose next token is trained in at least one of them.
+    """Padded rows, or one row that is a pack of rows, and the tokens of them that are trained.
 
-    tokens: int64 [B, T]. keep: int64 [P], positions whose logits are needed. labels: int64 [B, P], the token after each
-    kept position. mask: bool [B, P], whether it is trained in that row.
+    tokens: int64 [B, T]. keep: int64 [P], positions whose logits are needed, in a pack more than once where a fork
+    follows. labels: int64 [B, P], the token after each kept position. mask: bool [B, P], whether it is trained in that
+    row. positions: int64 [1, T] and tree: of a pack, else None.
     """
 
     tokens: Tensor
     keep: Tensor
     labels: Tensor
     mask: Tensor
+    positions: Tensor | None = None
+    tree: TreeAttention | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        own = (getattr(self, name) for name in self.__dataclass_fields__)
+        moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in own)
+        batch = TokenBatch(*moved)
+        return batch if batch.tree is None else replace(batch, tree=batch.tree.to(device))
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """A micro-batch of policy rows: `columns` are those of `text.labels`, flattened row by row, N = B * P."""
+    """A micro-batch of policy rows.
+
+    columns: of their N trained tokens, row by row. index: int64 [N], where each stands in `text.labels`, flattened.
+    """
 
     text: TokenBatch
+    index: Tensor
     columns: TokenColumns
 
     def to(self, device: torch.device) -> PolicyBatch:
-        return PolicyBatch(self.text.to(device), self.columns.to(device))
+        return PolicyBatch(self.text.to(device), self.index.to(device, non_blocking=True), self.columns.to(device))
 
 
 @dataclass(frozen=True)
@@ -167,22 +184,40 @@ def _segment_columns(segment: Segment, prompt_id: str, config: TrainConfig) -> t
 
 
 def micro_batches(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int) -> list[PolicyBatch]:
-    """Rows sorted by length, `micro_batch_rows` to each; how they are cut does not change the loss."""
-    rows, size = sorted(rows, key=lambda row: len(row.tokens)), config.micro_batch_rows
-    return [policy_batch(rows[i : i + size], config, pad_token) for i in range(0, len(rows), size)]
+    """Of `micro_batch_tokens` distinct tokens or `micro_batch_rows` rows; how they are cut does not change the loss."""
+    if config.packing == "tree":
+        parts = [[rows[i] for i in pack] for pack in split([row.tokens for row in rows], config.micro_batch_tokens)]
+    else:
+        rows, size = sorted(rows, key=lambda row: len(row.tokens)), config.micro_batch_rows
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [policy_batch(part, config, pad_token) for part in parts]
 
 
 def policy_batch(rows: Sequence[PolicyRow], config: TrainConfig, pad_token: int) -> PolicyBatch:
-    text = token_batch(rows, pad_token)
+    if config.packing == "tree":
+        text, index = packed_batch(rows)
+    else:
+        text = token_batch(rows, pad_token)
+        index = text.mask.flatten().nonzero()[:, 0]
     sampler_logprob, advantage, weight, turn = (
-        _padded([getattr(row, name) for row in rows], 0)[:, text.keep + 1]
+        torch.cat([getattr(row, name)[row.trained] for row in rows])
         for name in ("sampler_logprob", "advantage", "weight", "turn")
     )
-    row = torch.arange(len(rows))[:, None].expand_as(turn)
-    # Numbered anew over the batch; the tokens that are not trained share a number, so there are never more than tokens.
-    _, turn = torch.where(text.mask, row * (turn.max() + 1) + turn, -1).unique(return_inverse=True)
-    flat = [column.flatten() for column in (sampler_logprob, advantage, weight, row, turn)]
-    return PolicyBatch(text, TokenColumns(*flat, flat[0] if config.old_logprob == "sampler" else None))
+    number = torch.arange(len(rows)).repeat_interleave(torch.tensor([int(row.trained.sum()) for row in rows]))
+    _, turn = (number * (turn.max() + 1) + turn).unique(return_inverse=True)
+    old_logprob = sampler_logprob if config.old_logprob == "sampler" else None
+    return PolicyBatch(text, index, TokenColumns(sampler_logprob, advantage, weight, number, turn, old_logprob))
+
+
+def packed_batch(rows: Sequence[Row]) -> tuple[TokenBatch, Tensor]:
+    """A pack of rows, and where in its labels each trained token of each row stands, int64 [N]."""
+    packed = pack([row.tokens for row in rows])
+    places = torch.cat([place[row.trained] for place, row in zip(packed.rows, rows, strict=True)])
+    trained, index = places.unique(return_inverse=True)
+    labels = packed.tokens[trained][None]
+    mask = torch.ones(labels.shape, dtype=torch.bool)
+    tree = tree_attention(packed)
+    return TokenBatch(packed.tokens[None], packed.parent[trained], labels, mask, packed.depth[None], tree), index
 
 
 def token_batch(rows: Sequence[Row], pad_token: int) -> TokenBatch:
@@ -196,7 +231,7 @@ def weightless_batch(pad_token: int) -> PolicyBatch:
     """Two tokens, one position, nothing trained: what a rank runs while another still has micro-batches."""
     tokens, zero, first = torch.full((1, 2), pad_token), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     text = TokenBatch(tokens, first, tokens[:, 1:], torch.zeros(1, 1, dtype=torch.bool))
-    return PolicyBatch(text, TokenColumns(zero, zero, zero, first, first, ref_logprob=zero))
+    return PolicyBatch(text, first, TokenColumns(zero, zero, zero, first, first, ref_logprob=zero))
 
 
 def _padded(columns: Sequence[Tensor], fill: float) -> Tensor:

@@ -18,13 +18,13 @@ from arpo_ext.errors import DataError
 from arpo_ext.tracking import Tracker
 from arpo_ext.training.batch import Row, TokenBatch, token_batch
 from arpo_ext.training.checkpoint import save_model
+from arpo_ext.training.forward import token_statistics
 from arpo_ext.training.schedule import set_learning_rate
 from arpo_ext.training.step import (
     apply_gradients,
     backward_sum,
     global_sum,
     prepare,
-    token_statistics,
     until_synchronised,
 )
 

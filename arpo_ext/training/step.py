@@ -11,13 +11,12 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from arpo_ext import ops
 from arpo_ext.config import SftConfig, TrainConfig
 from arpo_ext.errors import ModelError
-from arpo_ext.training.batch import PolicyBatch, TokenBatch, Update, weightless_batch
+from arpo_ext.training.batch import PolicyBatch, Update, weightless_batch
+from arpo_ext.training.forward import prepare_model, row_statistics
 from arpo_ext.training.objective import objective
 
 Batch = TypeVar("Batch")
@@ -26,25 +25,17 @@ Batch = TypeVar("Batch")
 def prepare(
     model: nn.Module, settings: TrainConfig | SftConfig
 ) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
-    """Accelerator, and the model and its AdamW wrapped for however many processes were launched."""
+    """Accelerator, and the model and its AdamW wrapped for however many processes were launched.
+
+    ModelError if the settings want trees packed that the model cannot read.
+    """
     model.train()
+    prepare_model(model, packed=isinstance(settings, TrainConfig) and settings.packing == "tree")
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     return accelerator, *accelerator.prepare(model, optimizer)
-
-
-def token_statistics(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, P] at `temperature`, float32, 0 where `batch.mask` is False.
-
-    Logits are made only at `batch.keep`: prompts and tool results that all rows share cost no vocabulary-sized memory.
-    """
-    logits = model(input_ids=batch.tokens, logits_to_keep=batch.keep, use_cache=False).logits
-    # The gradient takes the memory of the logits, unless a soft cap behind the head needs them in its own backward.
-    config = extract_model_from_parallel(model).config.get_text_config()
-    inplace = getattr(config, "final_logit_softcapping", None) is None
-    return ops.logprob_entropy(logits, batch.labels, temperature=temperature, mask=batch.mask, inplace_backward=inplace)
 
 
 def until_synchronised(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -125,8 +116,8 @@ def batch_loss(
     model: nn.Module, batch: PolicyBatch, config: TrainConfig, normalizer: float, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of one micro-batch, as `objective`."""
-    logprob, entropy = token_statistics(model, batch.text, temperature)
-    return objective(logprob.flatten(), entropy.flatten(), batch.columns, config, normalizer)
+    logprob, entropy = row_statistics(model, batch, temperature)
+    return objective(logprob, entropy, batch.columns, config, normalizer)
 
 
 def global_sum(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
@@ -148,8 +139,8 @@ def _with_logprobs(
 
     @torch.no_grad()
     def filled(batch: PolicyBatch) -> PolicyBatch:
-        logprob, _ = token_statistics(model, batch.text.to(accelerator.device), temperature)
-        return replace(batch, columns=replace(batch.columns, **{column: logprob.flatten()}))
+        logprob, _ = row_statistics(model, batch.to(accelerator.device), temperature)
+        return replace(batch, columns=replace(batch.columns, **{column: logprob}))
 
     return replace(update, micro_batches=[filled(batch) for batch in update.micro_batches])
 
