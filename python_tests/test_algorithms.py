@@ -14,17 +14,20 @@ from arpo_ext.algorithms import ALGORITHMS
 from arpo_ext.config import Config
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
+from arpo_ext.training.forward import prepare_model
 from arpo_ext.training.step import policy_step
 
 TEMPERATURE = 0.7
 LIMIT = 20
 # Nothing but the formula: no gradient clipping, no cap of the ratio, and the ratio against what the sampler recorded.
-PLAIN = {"grad_clip": 1e9, "importance_cap": 1e6, "old_logprob": "sampler", "micro_batch_rows": 3}
+PLAIN = {"grad_clip": 1e9, "importance_cap": 1e6, "old_logprob": "sampler", "micro_batch_tokens": 30}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    model = tiny_model()
+    prepare_model(model, packed=True)
+    return model
 
 
 def row_logprobs(model, tokens):
@@ -143,9 +146,10 @@ def test_gradient_and_loss_are_those_of_the_paper(model, name, noise):
 @pytest.mark.parametrize("name", ["at2po", "gspo", "aepo"])
 def test_any_split_into_micro_batches_gives_the_same_update(model, name):
     trees = made_trees(model, 0.05)
-    whole, expected = gradient_by_step(model, trees, configured(name, micro_batch_rows=100))
-    for rows in (1, 3):
-        got, metrics = gradient_by_step(model, trees, configured(name, micro_batch_rows=rows))
+    whole, expected = gradient_by_step(model, trees, configured(name, micro_batch_tokens=1000))
+    rows = {"packing": "rows", "micro_batch_rows": 3}
+    for cut in ({"micro_batch_tokens": 1}, {"micro_batch_tokens": 20}, rows, {**rows, "micro_batch_rows": 100}):
+        got, metrics = gradient_by_step(model, trees, configured(name, **cut))
         assert relative(got, whole) < 1e-5
         assert metrics["train/clip_fraction"] == pytest.approx(expected["train/clip_fraction"])
 
@@ -211,6 +215,7 @@ def test_against_the_trainer_the_first_update_has_ratio_one_and_the_second_has_n
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_to_the_reference_and_entropy_bonus(model, kind):
     reference = tiny_model(seed=1).eval()
+    prepare_model(reference, packed=True)
     trees = made_trees(model, 0.3, rewards=((1.0, 0.0, 0.0, 0.3), (1.0, 1.0, 1.0, 1.0)))
     config = configured("grpo", kl=kind, kl_coef=0.3, entropy_coef=0.05)
     got, metrics = gradient_by_step(model, trees, config, reference)

@@ -25,6 +25,7 @@ from arpo_ext.tracking import Tracker
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
 from arpo_ext.training.checkpoint import RunState, save_model
+from arpo_ext.training.forward import prepare_model
 from arpo_ext.training.gather import Collected, Gathered, gather_trees
 from arpo_ext.training.keeper import Keeper
 from arpo_ext.training.metrics import memory_metrics, tree_metrics
@@ -61,6 +62,7 @@ def train(
     reference = copy.deepcopy(model).requires_grad_(False).eval() if settings.kl_coef > 0 else None
     accelerator, model, optimizer = prepare(model, settings)
     if reference is not None:
+        prepare_model(reference, packed=settings.packing == "tree")
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     pad_token = tokenizer.pad_token_id or 0
     parts = {"accelerator": accelerator, "model": model, "optimizer": optimizer}
