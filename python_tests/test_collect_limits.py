@@ -1,6 +1,7 @@
 """What stops a collection or holds it back: queues, budgets of a tree, clocks, cancellation, an engine that fails."""
 
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -404,3 +405,28 @@ def test_a_collection_without_limits_equals_one_with_limits_that_do_not_bind(ren
         for limits in ({}, wide)
     ]
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tool_that_answers_between_two_looks_is_not_lost(renderer, seed):
+    class Late(Future):
+        """Done after so many looks, like one that another thread answers between two of them."""
+
+        def __init__(self, looks):
+            super().__init__()
+            self.left = looks
+
+        def done(self):
+            self.left -= 1
+            return self.left < 0
+
+    class LatePool(Pool):
+        def submit(self, call):
+            self.calls.append(call)
+            future = Late(looks.randrange(6))
+            future.set_result(self.answer(call))
+            return future
+
+    looks, config = random.Random(seed), rollout_config(policy="chain", deterministic=False)
+    collected, _ = collect_scripted(renderer, random_script, config, pool=LatePool())
+    check_trees(collected.trees, config)

@@ -111,8 +111,11 @@ class Schedule:
             self._wait()
             self._fill_calls()
         self._meter.tool_wait_s += time.perf_counter() - started
-        due = [call for call in self._calls if call.is_done]
-        self._calls = [call for call in self._calls if not call.is_done]
+        due, later = [], []
+        for call in self._calls:
+            # Asked once: a tool that answers between two looks would leave both lists, and its path would be lost.
+            (due if call.is_done else later).append(call)
+        self._calls = later
         results = [(call.path, call.future.result()) for call in due]
         for _, result in results:
             self._meter.count_result(result)
