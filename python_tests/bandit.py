@@ -38,10 +38,12 @@ class Bandit:
         self.paths, self.die_at = paths, die_at
         self.calls: list[tuple[str, int]] = []
         self.drawn: list[list[str]] = []
+        self.steps: list[int] = []
 
     def collect(self, prompts, step, attempt):
         self.calls.append(("collect", step))
         self.drawn.append([prompt.id for prompt in prompts])
+        self.steps.append(step)
         if step == self.die_at:
             raise Killed
         # Draws from all three global generators: a resumed run has to find them where they were.
@@ -50,7 +52,7 @@ class Bandit:
 
     def sample(self, prompt, step):
         shown = FIRST_LETTER + int(prompt.id)
-        segments, leaves, logprobs = [(-1, (shown, 1), False)], [], [()]
+        segments, leaves, logprobs, entropies = [(-1, (shown, 1), False)], [], [()], [()]
 
         @functools.cache
         def distribution(*context):
@@ -62,6 +64,7 @@ class Bandit:
             token = int(torch.multinomial(row.exp(), 1))
             segments.append((parent, (token,), True))
             logprobs.append((float(row[token]),))
+            entropies.append((float(-(row.exp() * row).sum()),))
             return token
 
         for _ in range(self.paths // 2):
@@ -72,7 +75,8 @@ class Bandit:
                 correct = (first == shown + 1) + (second == shown + 1)
                 leaves.append((len(segments) - 1, correct / 2))
         sampled = tree(segments, leaves, prompt_id=prompt.id)
-        filled = [replace(s, logprobs=own) for s, own in zip(sampled.segments, logprobs, strict=True)]
+        measured = zip(sampled.segments, logprobs, entropies, strict=True)
+        filled = [replace(s, logprobs=own, entropies=spread) for s, own, spread in measured]
         return replace(sampled, segments=tuple(filled))
 
     def score(self, trees):
@@ -93,10 +97,12 @@ class Bandit:
         return {"eval/set/sampled/accuracy": step / 100}
 
 
-def config(folder, *, trees_per_step=2, **settings) -> Config:
+def config(folder, *, trees_per_step=2, algorithm=None, **settings) -> Config:
     section = {"steps": 4, "prompts_per_step": 4, "lr": 3e-3, "micro_batch_rows": 8, **settings}
     tracking = {"tensorboard": False, "progress": False, "trees_per_step": trees_per_step}
-    return Config.model_validate({"output_dir": folder, "train": section, "tracking": tracking, "seed": 5})
+    return Config.model_validate(
+        {"output_dir": folder, "algorithm": algorithm, "train": section, "tracking": tracking, "seed": 5}
+    )
 
 
 def run(folder, *, die_at=None, prompts=PROMPTS, paths=8, model=None, change=lambda bandit: None, **settings):

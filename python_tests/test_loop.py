@@ -12,6 +12,7 @@ import torch
 from bandit import PROMPTS, Killed, run
 from tiny import VOCAB, tiny_model
 
+from arpo_ext.algorithms import ALGORITHMS
 from arpo_ext.errors import CheckpointError, ConfigError, DataError, ModelError
 from arpo_ext.training.checkpoint_folder import best
 from arpo_ext.training.termination import Terminated
@@ -33,6 +34,17 @@ def test_the_reward_rises(tmp_path):
     rewards = [row["reward/mean"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert sum(rewards[:3]) / 3 < 0.3
     assert sum(rewards[-3:]) / 3 > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_learns(tmp_path, algorithm):
+    settings = {"steps": 30, "prompts_per_step": 6, "lr": 1e-2, "updates_per_step": 2}
+    run(tmp_path, algorithm=algorithm, paths=12, **settings)
+    rewards = [row["reward/mean"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    first, last = rewards[:10], rewards[-10:]
+    error = ((statistics.variance(first) + statistics.variance(last)) / 10) ** 0.5
+    assert statistics.fmean(last) - statistics.fmean(first) > 2 * error
 
 
 @pytest.mark.parametrize("credit", ["soft", "hard"])
@@ -78,7 +90,13 @@ def test_reward_metrics_are_over_all_leaves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"updates_per_step": 2, "old_logprob": "trainer", "credit": "hard"}], ids=["plain", "two updates"]
+    "settings",
+    [
+        {},
+        {"updates_per_step": 2, "old_logprob": "trainer", "credit": "hard"},
+        {"dynamic_sampling": 2, "kl_coef": 0.1, "prompts_per_step": 2},
+    ],
+    ids=["plain", "two updates", "refilled, with a reference"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, settings):
     settings = {"steps": 6, "save_every": 2, "eval_every": 3, **settings}
@@ -87,10 +105,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, settings):
         run(tmp_path / "killed", die_at=6, **settings)
     # Step 5 ran and was recorded, but the last checkpoint is of step 4: the resumed run does step 5 again.
     assert read(tmp_path / "killed" / "metrics.jsonl")[-1]["step"] == 5
-    resumed, resumed_model = run(tmp_path / "killed", resume=True, model=tiny_model(seed=8), **settings)
+    other = None if "kl_coef" in settings else tiny_model(seed=8)
+    resumed, resumed_model = run(tmp_path / "killed", resume=True, model=other, **settings)
 
     assert resumed.calls[:2] == [("push", 0), ("collect", 5)]
-    assert resumed.drawn == whole.drawn[4:]
+    assert resumed.drawn == whole.drawn[whole.steps.index(5) :]
     for (name, a), b in zip(whole_model.state_dict().items(), resumed_model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     timed = ("time_s", "train/seconds", "memory/peak_gib")
@@ -100,6 +119,32 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, settings):
     )
     assert a == b
     assert read(tmp_path / "whole" / "trees.jsonl") == read(tmp_path / "killed" / "trees.jsonl")
+
+
+def test_prompts_without_spread_are_replaced_and_still_counted(tmp_path):
+    bandit, _ = run(tmp_path, steps=1, prompts_per_step=3, dynamic_sampling=2, paths=2, trees_per_step=10)
+    # The sampler knows nothing yet: two paths with different rewards are rare.
+    assert bandit.steps == [1, 1, 1]
+    assert [name for own in bandit.drawn for name in own][:6] == [name for own in bandit.drawn[:2] for name in own]
+    assert len({name for own in bandit.drawn[:2] for name in own}) == 6
+    (row,) = [row for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    sampled = sum(len(own) for own in bandit.drawn)
+    trained = len(read(tmp_path / "trees.jsonl")) if (tmp_path / "trees.jsonl").exists() else 0
+    assert row["reward/flat_groups"] == pytest.approx(1 - trained / sampled)
+    *_, state = sorted((tmp_path / "checkpoints").glob("*/state.json"))
+    assert json.loads(state.read_text())["position"] == sampled
+
+
+def test_the_reference_is_the_model_that_the_run_began_with(tmp_path):
+    settings = {"kl_coef": 0.05, "paths": 16, "prompts_per_step": 6, "lr": 1e-2}
+    run(tmp_path, steps=2, **settings)
+    with pytest.raises(CheckpointError, match="was made with reference"):
+        run(tmp_path, steps=3, resume=True, model=tiny_model(seed=4), **settings)
+    run(tmp_path, steps=3, resume=True, **settings)
+    rows = [row for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    # Exactly 0 against itself, then it grows; the resumed step is measured against the same model.
+    assert [row["train/ref_kl"] > 1e-6 for row in rows] == [False, True, True]
+    assert rows[2]["train/ref_kl"] > rows[1]["train/ref_kl"]
 
 
 def test_a_finished_run_resumed_does_nothing_but_write_the_model(tmp_path):

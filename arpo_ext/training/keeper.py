@@ -22,14 +22,18 @@ class Keeper:
     state: where the run stands, at first that of the checkpoint it resumes from. resumed: whether there is one.
     """
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], parts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: Config, prompts: Sequence[Prompt], parts: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> None:
         """Put the latest checkpoint back into `parts` (accelerator, model, optimizer, tokenizer), if there is one.
+
+        identity: what a resumed run must match besides seed and prompts.
 
         CheckpointError if there is one that must not be resumed, ConfigError if the folder cannot take another.
         """
         self.config, self._parts = config, parts
         self._settings = config.model_dump(mode="json")
-        self._identity = {"seed": config.seed, "prompts": _digest(prompts)}
+        self._identity = {"seed": config.seed, "prompts": _digest(prompts), **identity}
         self._source = checkpoint_folder.latest(config.output_dir)
         if self._source and not config.train.resume:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,8 +59,11 @@ def train(
     step. ModelError if a gradient is not finite: the step's trees are kept in the file that it names.
     """
     settings = config.train
-    # Before a checkpoint is loaded: the policy that the KL term keeps to is the one the run began with.
-    reference = copy.deepcopy(model).requires_grad_(False).eval() if settings.kl_coef > 0 else None
+    reference, identity = None, {}
+    if settings.kl_coef > 0:
+        # Before a checkpoint is loaded: the KL term keeps to the policy that the run began with.
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+        identity["reference"] = _fingerprint(reference)
     accelerator, model, optimizer = prepare(model, settings)
     if reference is not None:
         prepare_model(reference, packed=settings.packing == "tree")
@@ -67,7 +71,7 @@ def train(
     pad_token = tokenizer.pad_token_id or 0
     parts = {"accelerator": accelerator, "model": model, "optimizer": optimizer}
     alone = accelerator.num_processes == 1
-    keeper = Keeper(config, prompts, {**parts, "tokenizer": tokenizer})
+    keeper = Keeper(config, prompts, {**parts, "tokenizer": tokenizer}, identity)
     state = keeper.state
     tracker.rewind(state.step if keeper.resumed else -1, kinds=("train",))
     tracker.rewind(state.step if state.evaluated else state.step - 1, kinds=("eval",))
@@ -164,6 +168,12 @@ def _keeping_trees(path: Path, trees: Sequence[RolloutTree]) -> Iterator[None]:
 
 def _draw(prompts: Sequence[Prompt], seed: int, position: int, start: int, count: int) -> list[Prompt]:
     return [prompts[i] for i in draw_order(len(prompts), seed, position + start, count)]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Changes with any weight but costs one read of them, where a hash of the bytes would cost minutes."""
+    sums = [float(parameter.detach().double().sum()) for parameter in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def _due(step: int, every: int) -> bool:
