@@ -33,6 +33,7 @@ STREAMING = {
     r"backward_pieces": ("LDG", "STG"),
     r"policy_loss_cuda\w+?tokens_kernel": ("LDG", "STG"),
     r"expand_rows_kernelI\w+?Lb1E": ("STG",),
+    r"expand_packed_kernel": ("STG",),
 }
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc'}")
 

@@ -4,8 +4,8 @@
 // bytes and 11.7 us with one of int64.
 //
 // Rows: a block writes one piece of one row, 16 bytes a thread and step; the mask of four tokens is loaded as one or two
-// vectors where rows and addresses allow it, else token by token. Packed: a thread finds the leaf of its first token by
-// bisection of the running sums and goes on from there.
+// vectors where rows and addresses allow it, else token by token. Packed: a thread finds the leaf of the first of its four
+// tokens by bisection of the running sums and goes on from there.
 #include <climits>
 
 #include "cuda_utils.cuh"
@@ -47,8 +47,8 @@ __global__ void expand_rows_kernel(const float* leaf, const Mask* mask, int64_t 
     }
 }
 
-__global__ void expand_packed_kernel(const float* leaf, const int64_t* end, int64_t leaves, int64_t total,
-                                     float* out) {
+__global__ void expand_packed_kernel(const float* leaf, const int64_t* end, int64_t leaves, int64_t total, float* out,
+                                     bool aligned) {
     const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWide;
     if (first >= total) return;
     int64_t low = 0, high = leaves;  // the first leaf that ends after `first`, or `leaves`
@@ -57,11 +57,23 @@ __global__ void expand_packed_kernel(const float* leaf, const int64_t* end, int6
         if (end[middle] <= first) low = middle + 1;
         else high = middle;
     }
-    for (int64_t t = first; t < first + kWide && t < total; ++t) {
-        while (low < leaves && end[low] <= t) ++low;
-        out[t] = low < leaves ? leaf[low] : 0.0f;
+    cuda::Pack<float> pack;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+        while (low < leaves && end[low] <= first + i) ++low;
+        pack.values[i] = low < leaves ? leaf[low] : 0.0f;
+    }
+    if (aligned && first + kWide <= total) {
+        cuda::store_once(reinterpret_cast<cuda::Pack<float>*>(out + first), pack);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) {
+            if (first + i < total) out[first + i] = pack.values[i];
+        }
     }
 }
+
+bool aligned(const void* address, size_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; }
 
 template <class Mask>
 void launch(const ExpandRows& args, cudaStream_t stream) {
@@ -69,7 +81,6 @@ void launch(const ExpandRows& args, cudaStream_t stream) {
     const int64_t pieces = (args.columns + kPiece - 1) / kPiece;
     const int64_t wanted = args.rows * pieces;
     const unsigned blocks = static_cast<unsigned>(wanted < kBlocks ? wanted : kBlocks);
-    const auto aligned = [](const void* address, size_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; };
     const bool vectors = args.columns % kWide == 0 && args.mask_stride % kWide == 0 && aligned(args.out, 16) &&
                          aligned(mask, alignof(Four<Mask>));
     const auto kernel = vectors ? expand_rows_kernel<Mask, true> : expand_rows_kernel<Mask, false>;
@@ -107,7 +118,7 @@ void expand_packed_cuda(const float* leaf, const int64_t* end, int64_t leaves, i
     if (blocks > INT_MAX) throw std::invalid_argument("expand_advantages: got more than 2^41 tokens");
     const cuda::DeviceGuard guard(device);
     expand_packed_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        leaf, end, leaves, total, out);
+        leaf, end, leaves, total, out, aligned(out, 16));
     cuda::check(cudaGetLastError(), "expand_advantages");
 }
 

@@ -180,6 +180,23 @@ class TestOrder(Emulated):
                 assert torch.equal(a.nan_to_num(9.5), b.nan_to_num(9.5))
 
 
+class TestAlignment(Emulated):
+    """Memory that torch gives is aligned; what a caller of the native module gives need not be."""
+
+    @pytest.mark.parametrize("start", [0, 1, 2, 4])
+    @pytest.mark.parametrize("total", [3, 4, 4099])
+    def test_packed_advantages(self, start, total):
+        leaf, length = torch.arange(1.0, 12.0), torch.arange(11) * total // 50
+        length[-1] += total - length.sum()
+        whole = torch.full((total + 8,), 9.5)
+        out = cuda_emulation.fenced(whole[4 + start :][:total])
+        ends = length.cumsum(0)
+        native, _ = cuda_emulation.load()
+        native.expand_packed_cuda(leaf.data_ptr(), ends.data_ptr(), 11, total, out.data_ptr(), 0, 0)
+        assert out.data_ptr() % 16 == start * 4 % 16
+        assert torch.equal(out, leaf.repeat_interleave(length))
+
+
 class TestCompiled(Emulated):
     """The compiler traces the choice of a backend too, and what it asks the native module."""
 
