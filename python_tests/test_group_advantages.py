@@ -103,6 +103,32 @@ def test_trees_of_many_segments(device, estimator, segments):
         assert_follows_the_definition(estimator, backend, device, *inputs, more)
 
 
+def one_deep_tree(segments, leaves):
+    """A chain that every eighth segment leaves for a side branch of up to seven."""
+    own = torch.arange(segments)
+    parent = torch.where(own % 8 == 0, own - 8, own - 1).clamp(min=-1)
+    parent[own % 64 == 5] -= 3
+    generator = torch.Generator().manual_seed(segments)
+    ends = torch.randint(segments, (leaves,), generator=generator)
+    ends[-1] = segments - 1
+    return torch.randn(leaves, generator=generator), torch.zeros(leaves, dtype=torch.int64), parent, ends
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("estimator", ["grpo", "at2po", "appo"])
+def test_a_path_of_4096_segments(device, estimator):
+    """In 3 seconds of the emulation; 30 where every segment walks up to its root."""
+    reward, tree, parent, ends = one_deep_tree(8 * 4096, leaves=300)
+    weight, entropy = torch.rand(300), torch.rand(parent.numel())
+    more = {"leaf_weight": weight, "segment_entropy": entropy, "subgroup": torch.arange(300) % 3}
+    arguments = {"parent": parent, "leaf_segment": ends, **more}
+    want = ops.group_advantages(reward, tree, estimator=estimator, backend="reference", **arguments)
+    arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
+    got = ops.group_advantages(reward.to(device), tree.to(device), estimator=estimator, **arguments, backend=device)
+    torch.testing.assert_close(got.segment.cpu(), want.segment, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.segment_pair.cpu(), want.segment_pair, rtol=1e-5, atol=1e-4)
+
+
 # Several threads from 32,768 leaves on.
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shuffled", [True, False])
