@@ -117,14 +117,15 @@ class ToolPool:
             return dict(self._stats)
 
     def submit(self, call: ToolCall) -> Future[ToolResult]:
-        """Start `call`, or join an equal one. The future always gets a result, never an exception.
+        """Start `call`, or join an equal one. The future always gets a result, never an exception; its `cancel` is
+        this pool's.
 
         ToolError if the pool is not open.
         """
         lanes = self._lanes
         if not lanes and self._tools:
             raise ToolError("the tool pool is not open; expected calls between its __enter__ and __exit__")
-        answer = _started_future()
+        answer = _Answer(self)
         lane = lanes.get(call.name)
         if lane is None:
             known = ", ".join(self.names) or "none"
@@ -216,8 +217,12 @@ class ToolPool:
         self._stats[name] = replace(old, **{field: getattr(old, field) + value for field, value in more.items()})
 
 
-def _started_future() -> Future[ToolResult]:
-    """A future whose own `cancel` does nothing: others may wait for the same answer."""
-    future: Future[ToolResult] = Future()
-    future.set_running_or_notify_cancel()
-    return future
+class _Answer(Future[ToolResult]):
+    """A future whose `cancel` gives its call up, see `ToolPool.cancel`; `result` never raises for that."""
+
+    def __init__(self, pool: ToolPool) -> None:
+        super().__init__()
+        self._pool = pool
+
+    def cancel(self) -> bool:
+        return self._pool.cancel(self)
