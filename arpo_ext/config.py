@@ -47,6 +47,9 @@ class PythonToolConfig(_Section):
     memory_mb: PositiveInt = 512
     output_chars: PositiveInt = 4000
     workers: PositiveInt = 2
+    state: Literal["call", "path"] = Field(
+        "call", description="path: code also finds what the earlier good calls of its path defined"
+    )
     packages: list[str] = Field(
         default_factory=list, description="installed packages that code may import, such as numpy and sympy; preloaded"
     )

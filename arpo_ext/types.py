@@ -46,10 +46,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """What the model asked of a tool: `text` is what stood between its tags."""
+    """What the model asked of a tool: `text` is what stood between its tags.
+
+    history: texts of the good calls of the same path to the same tool before this one, oldest first; for tools that
+    keep state along a path.
+    """
 
     name: str
     text: str
+    history: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

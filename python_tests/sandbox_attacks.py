@@ -114,11 +114,11 @@ ATTACKS = {
     "stopped for good": ("os.kill(os.getpid(), signal.SIGSTOP)", TIME),
     "1 GB of output": (
         "for _ in range(1024): os.write(1, b'x' * (1 << 20))",
-        r"\Ax+\n\[cut: 1073741824 bytes in all\]",
+        r"\Ax+\n\[cut: \d{9,10} bytes in all\]",
     ),
     "1 GB of errors": (
         "for _ in range(1024): os.write(2, b'x' * (1 << 20))\nos._exit(1)",
-        r"\[cut: 1073741824 bytes in all\]",
+        r"\Ax+\n\[cut: \d{9,10} bytes in all\]",
     ),
     "endless output": ("while True: os.write(1, b'x' * 65536)", TIME),
     "sockets to addresses": (
@@ -263,7 +263,7 @@ ATTACKS = {
         """
         import gc
         kinds = {type(o).__name__ for o in gc.get_objects()}
-        print(sorted(kinds & {"Popen", "PythonTool", "_Server"}), [n for n in sys.modules if "arpo" in n])
+        print(sorted(kinds & {"Popen", "PythonTool", "ToolPool"}), [n for n in sys.modules if "arpo" in n])
         """,
         r"\A\[\] \[\]\Z",
     ),

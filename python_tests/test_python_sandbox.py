@@ -1,5 +1,6 @@
 """The Python tool: what code gets to see and use, what it is denied, and that nothing of it stays behind."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,8 +17,9 @@ import pytest
 
 from arpo_ext.config import PythonToolConfig
 from arpo_ext.errors import ToolError
-from arpo_ext.tools import python_sandbox
-from arpo_ext.tools.python_sandbox import NO_OUTPUT, PythonTool, _ServerLost
+from arpo_ext.tools import python_sandbox, python_server
+from arpo_ext.tools.python_sandbox import NO_OUTPUT, PythonTool
+from arpo_ext.tools.python_server import ServerLost
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
@@ -194,9 +196,13 @@ def test_a_process_tree_ends_with_the_call(tool):
     start = time.monotonic()
     assert run(tool, code).text == "parent"
     assert time.monotonic() - start < 5
+    only_ready_ones_left(tool)
+
+
+def only_ready_ones_left(tool):
+    """No process below the server but, of each worker and a spare one, supervisor, first process and waiting code."""
     server = tool._server._process.pid
-    children = Path(f"/proc/{server}/task/{server}/children")
-    wait_until(lambda: not children.read_text().split())
+    wait_until(lambda: len(descendants(server)) == 3 * (tool.workers + 1))
 
 
 def test_a_fork_bomb_is_held(hasty_tool):
@@ -389,9 +395,9 @@ def test_a_dead_server_is_replaced(tool, caplog):
 
 
 def test_a_server_that_is_still_ending_is_not_asked_again(tool, monkeypatch):
-    def broken(request, timeout_s):
+    def broken(call, request, timeout_s):
         threading.Timer(0.1, os.kill, (server._process.pid, signal.SIGKILL)).start()
-        raise _ServerLost("Connection reset by peer")
+        raise ServerLost("Connection reset by peer")
 
     server = tool._server
     monkeypatch.setattr(server, "call", broken)
@@ -453,18 +459,21 @@ def test_nothing_outlives_a_killed_parent(tmp_path):
 
 
 def descendants(pid):
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return children + [d for child in children for d in descendants(child)]
 
 
 def test_a_server_that_cannot_start_is_a_tool_error(monkeypatch):
-    monkeypatch.setattr(python_sandbox, "_LAUNCH", "raise SystemExit('no luck')")
+    monkeypatch.setattr(python_server, "LAUNCH", "raise SystemExit('no luck')")
     with pytest.raises(ToolError, match="did not start: no luck"):
         PythonTool(PythonToolConfig()).start()
 
 
 def test_a_missing_mechanism(monkeypatch, caplog):
-    launch = python_sandbox._LAUNCH.replace(
+    launch = python_server.LAUNCH.replace(
         "; main(",
         "; import sandbox.kernel as k; real = k.unshare\n"
         "def refuse(flags, what):\n"
@@ -472,7 +481,7 @@ def test_a_missing_mechanism(monkeypatch, caplog):
         "    real(flags, what)\n"
         "k.unshare = refuse; main(",
     )
-    monkeypatch.setattr(python_sandbox, "_LAUNCH", launch)
+    monkeypatch.setattr(python_server, "LAUNCH", launch)
     with pytest.raises(ToolError, match=r"network namespace \(not today\).*best_effort"):
         PythonTool(PythonToolConfig()).start()
     tool = PythonTool(PythonToolConfig(sandbox="best_effort"))
@@ -488,11 +497,11 @@ def test_a_missing_mechanism(monkeypatch, caplog):
 PROBE = """
 import sys, time
 from arpo_ext.config import PythonToolConfig
-from arpo_ext.tools import python_sandbox
+from arpo_ext.tools import python_server
 from arpo_ext.tools.python_sandbox import PythonTool
 if sys.argv[2:] == ["no landlock"]:
     patch = "; import sandbox.kernel as k; k.landlock_version = lambda: k._syscall(-1, 'Landlock'); main("
-    python_sandbox._LAUNCH = python_sandbox._LAUNCH.replace("; main(", patch)
+    python_server.LAUNCH = python_server.LAUNCH.replace("; main(", patch)
 tool = PythonTool(PythonToolConfig(timeout_s=1, sandbox=sys.argv[1]))
 tool.start()
 print(sorted(tool.missing))
@@ -505,7 +514,9 @@ for code in (
     "import ctypes; ctypes.CDLL(None).unshare(0x20000)",
     "open('/new', 'w')",
     "open('/usr/lib/new', 'w')",
-    "import os; os.getcwd()",
+    "import os; deep = '/'.join(['d'] * 900)\\nfor _ in range(2): os.makedirs(deep); os.chdir(deep)",
+    "import os; os.makedirs('a/b'); open('a/f', 'w'); os.chmod('a/b', 0); os.chmod('a', 0); os.symlink('/', 'l')"
+    "\\nos.getcwd()",
 ):
     start = time.monotonic()
     print(repr(tool.run(code).text.split("\\n")[-1]), time.monotonic() - start < 5)
@@ -551,9 +562,9 @@ def test_where_namespaces_are_refused():
         assert "PermissionError" in lines[4]
     assert lines[5:7] == ["\"(1, 'x')\" True", "'-1' True"]
     assert ["PermissionError" in line for line in lines[7:9]] == [True, True]
-    folder = Path(lines[9].split("'")[1])
+    folder = Path(lines[10].split("'")[1])
     assert folder.name.startswith("arpo-python-")
-    assert not folder.exists()
+    wait_until(lambda: not list(folder.parent.glob("arpo-python-*")))
 
 
 def test_start_from_a_thread_that_ends():
@@ -620,3 +631,76 @@ def test_calls_with_preloaded_packages_share_nothing(numeric_tool):
 def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(ToolError, match="no-such-package"):
         PythonTool(PythonToolConfig(packages=["no-such-package"])).start()
+
+
+@pytest.fixture(scope="module")
+def stateful_tool():
+    tool = started(timeout_s=3, state="path")
+    yield tool
+    tool.close()
+
+
+def test_a_call_finds_what_the_earlier_calls_of_its_path_left(stateful_tool):
+    first = "import math, random\ndef double(n):\n    return 2 * n\nprint('once')\nx = random.random()\nx"
+    second = "open('note', 'w').write(str(x)); y = double(21)"
+    printed = stateful_tool.run(first).text
+    assert printed.startswith("once\n0.")
+    assert stateful_tool.run("y, open('note').read()", (first, second)).text == f"(42, '{printed[5:]}')"
+    assert "NameError" in stateful_tool.run("y", (first,)).text
+    assert stateful_tool.run("x").text.endswith("NameError: name 'x' is not defined")
+
+
+def test_earlier_calls_are_not_heard_again(stateful_tool):
+    history = (
+        "import os, sys, atexit, threading; os.write(1, b'raw'); print('out'); print('err', file=sys.stderr)",
+        "atexit.register(print, 'end'); threading.Thread(target=print, args=('thread',)).start()",
+        "x = 1; raise SystemExit",
+        "sys.stdout.write('left in a buffer')",
+    )
+    assert stateful_tool.run("x", history).text == "1"
+
+
+def test_a_traceback_names_lines_of_earlier_calls(stateful_tool):
+    said = stateful_tool.run("fail(0)", ("def fail(n):\n    return 1 / n",)).text
+    assert 'File "<python 1>", line 2, in fail\n    return 1 / n' in said
+
+
+def test_earlier_calls_share_the_time_of_the_call(stateful_tool):
+    result = stateful_tool.run("print('never')", ("while True: pass",))
+    assert result.text == "TimeoutError: stopped after 3 s"
+
+
+def test_abandoning_a_call_ends_it(tool):
+    code = "import time; time.sleep(8); print('late')"
+    with ThreadPoolExecutor(2) as threads:
+        start = time.monotonic()
+        pending = [threads.submit(tool.run, code) for _ in range(2)]
+        time.sleep(0.5)
+        tool.abandon("something else")
+        tool.abandon(code)
+        assert [p.result(timeout=5).text for p in pending] == ["the call was given up"] * 2
+        assert time.monotonic() - start < 6
+    assert tool.run("1 + 1").text == "2"
+    assert not tool._calls
+
+
+def test_a_killed_worker_is_replaced(tool):
+    server = tool._server._process.pid
+    for _ in range(3):
+        for child in descendants(server):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        assert [tool.run(f"{i}").text for i in range(3)] == ["0", "1", "2"]
+    assert tool._server._process.pid == server
+    only_ready_ones_left(tool)
+
+
+def test_workers_killed_below_their_supervisor_are_replaced_too(tool):
+    server = tool._server._process.pid
+    for supervisor in (int(c) for c in Path(f"/proc/{server}/task/{server}/children").read_text().split()):
+        for child in descendants(supervisor):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    time.sleep(0.1)
+    assert [tool.run(f"{i}").text for i in range(4)] == ["0", "1", "2", "3"]
+    assert tool._server._process.pid == server

@@ -17,7 +17,7 @@ from sandbox_attacks import ATTACKS, SECRET
 
 from arpo_ext.config import PythonToolConfig
 from arpo_ext.errors import ToolError
-from arpo_ext.tools import python_sandbox
+from arpo_ext.tools import python_server
 from arpo_ext.tools.python_sandbox import PythonTool
 from arpo_ext.tools.sandbox import syscalls
 
@@ -126,6 +126,6 @@ def test_the_filter_refuses_the_calls_it_names(column):
 
 def test_a_kernel_without_the_filter_is_named(monkeypatch):
     patch = "; import sandbox.syscalls as s; s._MACHINES = {}; main("
-    monkeypatch.setattr(python_sandbox, "_LAUNCH", python_sandbox._LAUNCH.replace("; main(", patch))
+    monkeypatch.setattr(python_server, "LAUNCH", python_server.LAUNCH.replace("; main(", patch))
     with pytest.raises(ToolError, match=r"lacks system call filter \(seccomp: system calls are not known on x86_64"):
         PythonTool(PythonToolConfig()).start()

@@ -175,7 +175,7 @@ def test_every_call_is_recorded_and_replayed(tmp_path):
 
 
 def test_a_replayed_call_fails_and_answers_in_the_recorded_order():
-    answers = {"q": [ToolResult("t", "down", ok=False), ToolResult("t", "up", ok=True)]}
+    answers = {("q",): [ToolResult("t", "down", ok=False), ToolResult("t", "up", ok=True)]}
     tool = ReplayTool("t", answers, workers=1)
     assert [tool.run("q").text for _ in range(3)] == ["down", "up", "up"]
     tool.start()
@@ -183,7 +183,7 @@ def test_a_replayed_call_fails_and_answers_in_the_recorded_order():
 
 
 def test_replay_can_take_as_long_as_the_recorded_call():
-    tool = ReplayTool("t", {"q": [ToolResult("t", "x", ok=True, seconds=0.05)]}, workers=1, wait=True)
+    tool = ReplayTool("t", {("q",): [ToolResult("t", "x", ok=True, seconds=0.05)]}, workers=1, wait=True)
     start = time.monotonic()
     tool.run("q")
     assert time.monotonic() - start >= 0.05
@@ -208,6 +208,41 @@ def test_records_on_a_full_disk_cost_one_warning(tmp_path, caplog, monkeypatch):
     assert [r.text for r in results] == ["A", "B"]
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
+
+
+def test_a_record_that_a_full_disk_tore_costs_only_itself(tmp_path, caplog):
+    path = tmp_path / "calls.jsonl"
+    ask(FlakyTool(), "a", "b", records=CallRecords(path))
+    path.write_bytes(path.read_bytes()[:-20])
+    ask(FlakyTool(), "c", records=CallRecords(path))
+    assert {asked: results[0].text for asked, results in read_records(path)["echo"].items()} == {
+        ("a",): "A",
+        ("c",): "C",
+    }
+    assert "line 2 " in caplog.text
+
+
+def test_calls_with_different_histories_differ_for_a_tool_that_keeps_state(tmp_path):
+    class Stateful(FlakyTool):
+        stateful = True
+
+        def run(self, text, history):
+            return super().run("".join((*history, text)))
+
+    calls = [ToolCall("echo", "c", history) for history in ((), ("a",), ("a", "b"), ("a",))]
+    path = tmp_path / "calls.jsonl"
+
+    def answers(tool, **options):
+        with ToolPool([tool], **options) as pool:
+            results = [pool.submit(call).result(timeout=10) for call in calls]
+        return [(r.text, r.ok, r.cached) for r in results]
+
+    expected = [("C", True, False), ("AC", True, False), ("ABC", True, False), ("AC", True, True)]
+    assert answers(Stateful(), records=CallRecords(path), cache=AnswerCache(tmp_path / "cache")) == expected
+    kept = answers(Stateful(), cache=AnswerCache(tmp_path / "cache"))
+    assert kept == [(text, True, True) for text, _, _ in expected]
+    assert answers(ReplayTool("echo", read_records(path)["echo"], workers=1)) == expected
+    assert answers(FlakyTool())[1:] == [("C", True, True)] * 3
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"name": "t"}', "3"])

@@ -74,4 +74,4 @@ def _named(error: Exception) -> tuple[str, Exception]:
 
 
 def _key(identity: str, call: ToolCall) -> str:
-    return json.dumps([call.name, identity, call.text])
+    return json.dumps([call.name, identity, call.text, *call.history])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arpo_ext.errors import TransientToolError
 from arpo_ext.types import ToolCall, ToolResult
@@ -37,6 +37,11 @@ class Retry:
 
     attempts: int = 2
     delay_s: float = 0.5
+
+
+def is_stateful(tool: Tool) -> bool:
+    """Whether the tool's answers depend on the earlier calls of a path."""
+    return bool(getattr(tool, "stateful", False))
 
 
 class Run:
@@ -175,7 +180,7 @@ class Lane:
         while True:
             run.attempts += 1
             try:
-                return self._checked(self._tool.run(run.call.text), run.seconds)
+                return self._checked(self._tool.run(*self._arguments(run)), run.seconds)
             except TransientToolError as error:
                 # A run whose call was answered meanwhile (timeout, closed pool) stops here.
                 if run.attempts > self._retry.attempts or run.settled.wait(delay_s):
@@ -185,6 +190,9 @@ class Lane:
             except BaseException as error:  # noqa: BLE001 - the one place where a tool's defect becomes an answer
                 _log.exception("the %s tool raised on the call %r", self._tool.name, run.call.text[:200])
                 return self._failure(f"the {self._tool.name} tool failed: {type(error).__name__}: {error}", run.seconds)
+
+    def _arguments(self, run: Run) -> tuple[Any, ...]:
+        return (run.call.text, run.call.history) if is_stateful(self._tool) else (run.call.text,)
 
     def _checked(self, result: ToolResult, seconds: float) -> ToolResult:
         """The result as the collector can use it; TypeError for what is none."""
@@ -229,7 +237,7 @@ class Lane:
         if abandon is None:
             return
         try:
-            abandon(run.call.text)
+            abandon(*self._arguments(run))
         except Exception:  # noqa: BLE001 - a tool's defect must not stop the watch
             _log.exception("the %s tool raised when a call was given up", self._tool.name)
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from arpo_ext.errors import ToolError
-from arpo_ext.tools.lane import Lane, Retry, Run
+from arpo_ext.tools.lane import Lane, Retry, Run, is_stateful
 from arpo_ext.types import ToolCall, ToolResult
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class ToolStats:
 class ToolPool:
     """The started tools of one collection of rollouts; a context manager.
 
-    Equal calls (same name, same text) run once while the pool is open: those that arrive while the first one runs
-    share its answer, later ones get it from memory with `cached=True`. A failure is shared by those waiting for it
-    and then forgotten, so that a passing fault is not kept.
+    Equal calls (same name, text and, for a tool that keeps state, history) run once while the pool is open: those that
+    arrive while the first one runs share its answer, later ones get it from memory with `cached=True`. A failure is
+    shared by those waiting for it and then forgotten, so that a passing fault is not kept.
 
     Every answer comes as a `ToolResult`. What the tool itself raises is its defect: it is logged with its traceback
     and becomes an answer with `ok=False`, here and nowhere else.
@@ -131,6 +131,8 @@ class ToolPool:
             known = ", ".join(self.names) or "none"
             answer.set_result(ToolResult(call.name, f"there is no tool named {call.name!r}; tools: {known}", ok=False))
             return answer
+        if call.history and not is_stateful(self._tools[call.name]):
+            call = replace(call, history=())
         with self._lock:
             self._count(call.name, calls=1)
             kept = self._answers.get(call)
@@ -207,14 +209,18 @@ class ToolPool:
 
     def _keep(self, call: ToolCall, result: ToolResult) -> None:
         self._answers[call] = result
-        self._answer_chars += len(call.text) + len(result.text)
+        self._answer_chars += _size(call, result)
         while self._answer_chars > _KEPT_CHARS:
             oldest, answer = self._answers.popitem(last=False)
-            self._answer_chars -= len(oldest.text) + len(answer.text)
+            self._answer_chars -= _size(oldest, answer)
 
     def _count(self, name: str, **more: float) -> None:
         old = self._stats[name]
         self._stats[name] = replace(old, **{field: getattr(old, field) + value for field, value in more.items()})
+
+
+def _size(call: ToolCall, result: ToolResult) -> int:
+    return len(call.text) + sum(map(len, call.history)) + len(result.text)
 
 
 class _Answer(Future[ToolResult]):

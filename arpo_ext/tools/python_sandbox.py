@@ -1,8 +1,13 @@
 """The Python tool: code of the model, run in a locked process of its own.
 
 Every call gets a fresh fork of a small server process that has preloaded parts of the standard library, the `packages`
-of the configuration and nothing else (no other site-packages, no torch). The value of a last bare expression is
-printed, hashes of strings do not vary.
+of the configuration and nothing else (no other site-packages, no torch). The fork waits in its jail before the call
+comes. The value of a last bare expression is printed, hashes of strings do not vary.
+
+With `state: path` a call finds what the earlier good calls of its path defined, as in a notebook. They are run again
+before it, in the same fresh process and within the same time, because a process that lived on could be reached by the
+paths that fork from this one. `random` starts from the same seed; what else differs from run to run (clocks, the
+system's random numbers) may differ from what the model read.
 
 Covered, and tested, where `sandbox` is "required":
 
@@ -28,24 +33,18 @@ the processes of a call and over calls, and the content of the machine's library
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import queue
 import re
 import signal
-import socket
-import struct
-import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import asdict
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 from arpo_ext.config import PythonToolConfig
 from arpo_ext.errors import ToolError
+from arpo_ext.tools.python_server import Call, Server, ServerLost
 from arpo_ext.tools.sandbox.packages import Packages, find_packages
 from arpo_ext.types import ToolResult
 
@@ -53,11 +52,6 @@ _log = logging.getLogger(__name__)
 
 NO_OUTPUT = "(no output)"
 
-_LAUNCH = "import sys; sys.path.insert(0, sys.argv[1]); from sandbox.server import main; main(*sys.argv[1:])"
-# Numeric libraries start threads when they are imported; a process with threads can neither be forked nor enter
-# namespaces.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_START_TIMEOUT_S = 60.0
 # Forking, clearing up and the way to and from the server, on a machine that is busy with sampling.
 _OVERHEAD_S = 8.0
 # Landlock is a second lock on what the private root has closed already.
@@ -77,17 +71,17 @@ class PythonTool:
     def __init__(self, config: PythonToolConfig) -> None:
         self.timeout_s = config.timeout_s + _OVERHEAD_S + 1
         self.workers = config.workers
+        self.stateful = config.state == "path"
         # Mechanism -> why it does not work here; filled in by `start`.
         self.missing: dict[str, str] = {}
         self._config = config
         self._packages = Packages()
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._started = False
         self._lock = threading.Lock()
-        # One user id per slot, so that the process limits of concurrent calls do not add up.
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(config.workers):
-            self._slots.put(slot)
+        self._places = threading.Semaphore(config.workers)
+        # Calls that run or wait for a place, by what `run` was given.
+        self._calls: defaultdict[tuple[str, tuple[str, ...]], list[Call]] = defaultdict(list)
 
     def start(self) -> None:
         """Start the server and run a first call. ToolError names the mechanism that the kernel lacks."""
@@ -107,17 +101,31 @@ class PythonTool:
                 raise ToolError(f"the python tool's sandbox does not work here: {first.text}")
             undo.pop_all()
 
-    def run(self, text: str) -> ToolResult:
+    def run(self, text: str, history: tuple[str, ...] = ()) -> ToolResult:
+        """history: earlier calls, oldest first, that are run again before this one, unheard; for `state: path`."""
         if not self._started:
             raise ToolError("the python tool is not started")
         code = _code_of(text)
         if not code.strip():
             return ToolResult(self.name, "the python call holds no code", ok=False)
-        slot = self._slots.get()
+        call, key = Call(), (text, history)
+        with self._lock:
+            self._calls[key].append(call)
         try:
-            return self._call(code, slot)
+            with self._places:
+                return self._call(call, {"code": code, "history": self._history(history)})
         finally:
-            self._slots.put(slot)
+            with self._lock:
+                self._calls[key].remove(call)
+                if not self._calls[key]:
+                    del self._calls[key]
+
+    def abandon(self, text: str, history: tuple[str, ...] = ()) -> None:
+        """End the calls of `run` with these arguments; they give a failure."""
+        with self._lock:
+            calls = list(self._calls.get((text, history), ()))
+        for call in calls:
+            call.abandon()
 
     def close(self) -> None:
         """End the server and with it every running call."""
@@ -127,37 +135,36 @@ class PythonTool:
         if server is not None:
             server.close()
 
-    def _call(self, code: str, slot: int) -> ToolResult:
-        config = self._config
-        request = {
-            "code": code,
-            "slot": slot,
-            "timeout_s": config.timeout_s,
-            "memory_mb": config.memory_mb,
-            "output_bytes": 4 * config.output_chars,
-        }
+    def _history(self, texts: tuple[str, ...]) -> list[str] | None:
+        return [_code_of(text) for text in texts] if self.stateful else None
+
+    def _call(self, call: Call, request: dict) -> ToolResult:
         # A lost server is replaced once: the code has no effects that a second run could double.
         for _ in range(2):
             server = None
             try:
                 server = self._running_server()
-                return self._result(server.call(request, config.timeout_s + _OVERHEAD_S))
-            except _ServerLost as lost:
+                return self._result(server.call(call, request, self._config.timeout_s + _OVERHEAD_S))
+            except ServerLost as lost:
+                if call.is_abandoned:
+                    return ToolResult(self.name, "the call was given up", ok=False)
                 fault = str(lost)
                 if server is not None:
                     server.await_end()
         return ToolResult(self.name, f"the python sandbox is not available: {fault}", ok=False)
 
-    def _running_server(self) -> _Server:
+    def _running_server(self) -> Server:
         with self._lock:
             if not self._started:
-                raise _ServerLost("it was closed")
+                raise ServerLost("it was closed")
             if self._server is not None and not self._server.alive:
                 _log.warning("the python tool's server ended (status %s); starting another", self._server.status)
                 self._server.close()
                 self._server = None
             if self._server is None:
-                self._server = _Server(self._packages)
+                config = self._config
+                limits = {name: getattr(config, name) for name in ("workers", "timeout_s", "memory_mb")}
+                self._server = Server(self._packages, {**limits, "output_bytes": 4 * config.output_chars})
             return self._server
 
     def _check_mechanisms(self) -> None:
@@ -187,85 +194,6 @@ class PythonTool:
             parts = [out, err or _status_text(status)]
         text = "\n".join(part for part in parts if part)
         return ToolResult(self.name, _cut(text, self._config.output_chars, reply["bytes"]), ok)
-
-
-class _ServerLost(Exception):
-    """The server or a supervisor ended without an answer."""
-
-
-class _Server:
-    """The process that forks the calls, and the socket to it."""
-
-    def __init__(self, packages: Packages) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        tools = str(Path(__file__).resolve().parent)
-        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _LAUNCH]
-        command += [tools, str(theirs.fileno()), str(os.getpid()), json.dumps(asdict(packages))]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=_ENVIRONMENT,
-                cwd="/",
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._control.settimeout(_START_TIMEOUT_S)
-        try:
-            hello = self._control.recv(1 << 16)
-        except TimeoutError:
-            self._process.kill()
-            hello = b""
-        if not hello:
-            _, said = self._process.communicate()
-            self._control.close()
-            last = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            raise ToolError(f"the python tool's server did not start: {last or 'no message'}")
-        self.missing: dict[str, str] = json.loads(hello)
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def await_end(self) -> None:
-        """Give a server whose connection broke time to end: its sockets close before its exit can be seen, and the
-        next call would be sent to it again. Returns after half a second if only the call was lost."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=0.5)
-
-    @property
-    def status(self) -> int | None:
-        return self._process.returncode
-
-    def call(self, request: dict, timeout_s: float) -> dict:
-        """Send one request over a socket of its own and wait for the answer; hanging up ends the call."""
-        body = json.dumps(request).encode()
-        ours, theirs = socket.socketpair()
-        with ours:
-            ours.settimeout(timeout_s)
-            try:
-                with theirs:
-                    socket.send_fds(self._control, [b"c"], [theirs.fileno()])
-                ours.sendall(struct.pack("!Q", len(body)) + body)
-                reply = b"".join(iter(lambda: ours.recv(1 << 16), b""))
-            except TimeoutError:
-                return {"error": f"no answer within {timeout_s:g} s"}
-            except OSError as error:
-                raise _ServerLost(error.strerror or str(error)) from None
-        if not reply:
-            raise _ServerLost("it was killed during the call")
-        return json.loads(reply)
-
-    def close(self) -> None:
-        self._control.close()
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stderr.close()
 
 
 def _code_of(text: str) -> str:

@@ -131,6 +131,12 @@ class Jail:
         os.chown(folder, owner, -1)
         return folder
 
+    def close_call(self, folder: str) -> None:
+        """Remove the private folder where it does not vanish by itself; all processes of the call have ended."""
+        if not self.has_root:
+            with contextlib.suppress(OSError):
+                _remove(folder)
+
     def _write_if_allowed(self, name: str, text: str) -> None:
         with contextlib.suppress(OSError):
             kernel.write_at(self.proc, name, text)
@@ -176,6 +182,33 @@ def _bind(source: str, target: str, *, devices: bool = False) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
     kernel.bind_read_only(source, target, devices=devices)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder that hostile code has filled: however deep, whatever may not be entered or read."""
+    fresh = (f"{folder}/{os.urandom(8).hex()}" for _ in itertools.count())
+    _open_up(folder)
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            _open_up(entry.path)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    # Up to the top, so that no path gets long and nothing recurses.
+                    _open_up(inner.path)
+                    os.rename(inner.path, next(fresh))
+                else:
+                    os.unlink(inner.path)
+            os.rmdir(entry.path)
+    os.rmdir(folder)
+
+
+def _open_up(folder: str) -> None:
+    # Refused for a folder of the call's own user; whoever can change users mostly need not ask.
+    with contextlib.suppress(PermissionError):
+        os.chmod(folder, 0o700)
 
 
 def _readable_paths() -> list[str]:
