@@ -33,7 +33,10 @@ class ScriptedSampler:
         assert 0 < request.max_tokens <= self.max_model_len - len(request.tokens)
         text, entropies = self.script(request)
         tokens = self.renderer.tokenizer.encode(text, add_special_tokens=False)
-        reason = StopReason.TOOL if tokens[-1] in self.renderer.stop_token_ids else StopReason.EOS
+        ends = [place for place, token in enumerate(tokens, start=1) if token in self.renderer.eos_token_ids]
+        tokens = tokens[: min(ends, default=len(tokens))]
+        calls = tokens[-1] in self.renderer.stop_token_ids or text.endswith(tuple(self.renderer.stop_strings))
+        reason = StopReason.TOOL if calls else StopReason.EOS
         if len(tokens) > request.max_tokens:
             tokens, reason = tokens[: request.max_tokens], StopReason.LENGTH
         entropies = tuple((entropies or [0.5]) * len(tokens))[: len(tokens)]
