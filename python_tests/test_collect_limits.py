@@ -329,10 +329,14 @@ def test_a_failed_submission_and_a_lost_request_are_failures_of_the_engine_too(r
             self.running.pop(0, None)
             return super().step() if self.running else []
 
-    for kind, sentence in ((Refusing, "ValueError: no"), (Losing, "the sampler lost 1 requests")):
-        sampler = kind(renderer, one_call)
-        with pytest.raises(CollectError, match=sentence):
-            collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=rollout_config(), seed=5)
+    # Says nothing of the ten likeliest tokens, which the policy reference asks for.
+    silent = "no logprobs beside the sampled ones"
+    for kind, sentence in ((Refusing, "ValueError: no"), (Losing, "lost 1 requests"), (ScriptedSampler, silent)):
+        sampler = kind(renderer, lambda request: ("<search>mass</search>" if request.id % 2 else "x", None))
+        config = rollout_config(policy="reference" if sentence == silent else "paper")
+        with pytest.raises(CollectError, match=sentence) as caught:
+            collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=5)
+        check_trees(caught.value.collected.trees, config)
         assert not sampler.running
 
 

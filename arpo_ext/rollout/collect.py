@@ -246,6 +246,7 @@ class _Run:
 
     def end_turn(self, path: OpenPath, completion: Completion) -> None:
         """Add what was sampled; hand a call to its tool, or end the path."""
+        self.schedule.close(completion)
         tree = self.trees[path.tree]
         keep = len(completion.tokens) if self.config.entropies == "all" else self.config.probe_tokens
         segment = Segment(

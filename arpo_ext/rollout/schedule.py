@@ -91,12 +91,12 @@ class Schedule:
         except Exception as error:
             raise _as_sampler_error(error) from error
         self._meter.decode_s += time.perf_counter() - started
-        pairs = [(self._paths[event.id], event) for event in events if event.id in self._paths]
-        for _, event in pairs:
-            if isinstance(event, Completion):
-                del self._paths[event.id]
-                self._meter.count_completion(event)
-        return pairs
+        return [(self._paths[event.id], event) for event in events if event.id in self._paths]
+
+    def close(self, completion: Completion) -> None:
+        """Forget a request that is complete; until then its path counts as open."""
+        del self._paths[completion.id]
+        self._meter.count_completion(completion)
 
     def take_results(self) -> list[tuple[OpenPath, ToolResult]]:
         """Results: all, in the order of the calls, if deterministic; else those that are there.
