@@ -270,7 +270,7 @@ class _Run:
         if reason is StopReason.TOOL:
             answer = self.budget.answer_call(path, tree, turn)
             if isinstance(answer, ToolCall):
-                self.schedule.call(path, answer)
+                self.schedule.call(path, path.ask(answer))
                 return
             if isinstance(answer, ToolResult):
                 self.meter.refused += 1
@@ -283,6 +283,7 @@ class _Run:
 
     def add_result(self, path: OpenPath, result: ToolResult) -> None:
         """Hang a tool result from its call and sample on from it."""
+        path.take_answer(result)
         tokens = tuple(self.renderer.result_tokens(result.text, self.budget.result_limit(path)))
         text = self.renderer.decode(tokens)
         segment = Segment(parent=path.tip, tokens=tokens, sampled=False, text=text, tool=replace(result, text=text))

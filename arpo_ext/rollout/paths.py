@@ -25,6 +25,7 @@ class OpenPath:
     wanted. probe_entropy, branch: of that window.
     streak: decisions in a row that wished for children. monitored: normalised entropies of its windows, for a path that
     only measures and never forks; else None. told: it got the message that no further call is run.
+    good_calls: those whose tools gave a good answer; pending: the one that waits for its answer.
     limit: what `used` may grow to. expires: on the clock of `time.monotonic`, when it is cut.
     """
 
@@ -44,6 +45,8 @@ class OpenPath:
     streak: int = 0
     monitored: list[float] | None = None
     told: bool = False
+    good_calls: tuple[ToolCall, ...] = ()
+    pending: ToolCall | None = None
     limit: int = 0
     expires: float = math.inf
 
@@ -64,6 +67,16 @@ class OpenPath:
             head=(*self.head, *before),
             monitored=None,
         )
+
+    def ask(self, call: ToolCall) -> ToolCall:
+        """`call` with the history that a tool which keeps state along a path needs."""
+        self.pending = call
+        return replace(call, history=tuple(c.text for c in self.good_calls if c.name == call.name))
+
+    def take_answer(self, result: ToolResult) -> None:
+        if self.pending is not None and result.ok:
+            self.good_calls = (*self.good_calls, self.pending)
+        self.pending = None
 
     def advance(self, segment: int, tokens: Sequence[int]) -> None:
         self.tip = segment
