@@ -68,25 +68,43 @@ def _trl_compute_loss() -> Callable[..., Tensor]:
     return functions(folder("trl") / "trainer" / "grpo_trainer.py", [name], utils)[name]
 
 
-def trl_policy_loss(clip_low: float, clip_high: float, dual_clip: float | None) -> Callable[..., Tensor]:
-    """(logprob, old_logprob, advantage, mask, entropy) -> loss: TRL's "dapo" token mean for one process, metrics too.
+def trl_policy_loss(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    *,
+    loss_type: str = "dapo",
+    level: str = "token",
+    length: int | None = None,
+    beta: float = 0.0,
+) -> Callable[..., Tensor]:
+    """(logprob, old_logprob, advantage, mask, entropy[, ref_logprob]) -> loss of TRL for one process, metrics too.
 
     The trainer is a stand-in that holds the settings and hands the given logprobs to the loss. `dual_clip` is TRL's
-    `delta`, which bounds the ratio for either sign of the advantage.
+    `delta`, which bounds the ratio for either sign of the advantage. level: of the ratio. length: what "dr_grpo"
+    divides by. beta: the KL coefficient.
     """
     compute = _trl_compute_loss()
     alone = types.SimpleNamespace(
         num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value, sync_gradients=True
     )
     settings = {
-        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0,
-        "importance_sampling_level": "token", "loss_type": "dapo", "epsilon_low": clip_low, "epsilon_high": clip_high,
+        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": beta,
+        "importance_sampling_level": level, "loss_type": loss_type, "epsilon_low": clip_low, "epsilon_high": clip_high,
         "use_vllm": False, "current_gradient_accumulation_steps": 1, "_entropy_bonus_enabled": False,
         "accelerator": alone, "model": types.SimpleNamespace(training=True),
-        "args": types.SimpleNamespace(delta=dual_clip, steps_per_generation=1),
+        "max_completion_length": length,
+        "args": types.SimpleNamespace(delta=dual_clip, steps_per_generation=1, use_bias_correction_kl=False),
     }  # fmt: skip
 
-    def call(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, entropy: Tensor) -> Tensor:
+    def call(
+        logprob: Tensor,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        mask: Tensor,
+        entropy: Tensor,
+        ref_logprob: Tensor | None = None,
+    ) -> Tensor:
         trainer = types.SimpleNamespace(
             **settings,
             _metrics={"train": defaultdict(list)},
@@ -96,6 +114,7 @@ def trl_policy_loss(clip_low: float, clip_high: float, dual_clip: float | None) 
         inputs = {
             "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask, "completion_mask": mask,
             "advantages": advantage, "old_per_token_logps": old_logprob, "num_items_in_batch": mask.sum(),
+            "ref_per_token_logps": ref_logprob,
         }  # fmt: skip
         return compute(trainer, None, inputs)
 
