@@ -133,6 +133,30 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path, caplog, monk
     assert str(fault) in warnings[0]
 
 
+@pytest.mark.parametrize("damage", ["{", "[1]", "null ", b"\xff", 3])
+def test_a_damaged_answer_is_asked_for_again_and_mended(tmp_path, caplog, damage):
+    cache = AnswerCache(tmp_path)
+    ask(FlakyTool(), "a", cache=cache)
+    with sqlite3.connect(tmp_path / "cache.db") as base:
+        base.execute("UPDATE Cache SET value = ?", (damage,))
+    base.close()
+    tool = FlakyTool()
+    (result,), _ = ask(tool, "a", cache=AnswerCache(tmp_path))
+    assert (result.text, result.ok, tool.runs) == ("A", True, ["a"])
+    assert AnswerCache(tmp_path).get("echo 1", ToolCall("echo", "a")).text == "A"
+
+
+def test_a_cache_whose_file_is_overwritten_midway_costs_one_warning(tmp_path, caplog):
+    with ToolPool([FlakyTool()], cache=AnswerCache(tmp_path)) as pool:
+        assert pool.submit(ToolCall("echo", "a")).result(timeout=10).text == "A"
+        for path in tmp_path.glob("cache.db*"):
+            path.write_bytes(b"no database" * 10_000)
+        assert [pool.submit(ToolCall("echo", text)).result(timeout=10).text for text in "bcd"] == ["B", "C", "D"]
+    assert len(caplog.records) == 1
+    with pytest.raises(ToolError, match="cannot be opened"):
+        AnswerCache(tmp_path)
+
+
 def test_a_cache_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ToolError, match="file cannot be opened"):

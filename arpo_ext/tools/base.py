@@ -28,8 +28,8 @@ class Tool(Protocol):
 
     A tool whose answers depend on the call and its settings alone may have an `identity: str`, a text that differs
     whenever those settings do: its good answers are then kept in the cache on disk, if there is one. A tool whose runs
-    can be ended early may have a method `abandon(text)`, called when nobody waits for `run(text)` any more; it returns at
-    once. A tool that keeps state along a path has `stateful = True` and takes `run(text, history)`, see `ToolCall`.
+    can be ended early may have a method `abandon(text)`, called when nobody waits for `run(text)` any more; it returns
+    at once. A tool that keeps state along a path has `stateful = True` and takes `run(text, history)`, see `ToolCall`.
     """
 
     name: str

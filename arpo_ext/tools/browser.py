@@ -6,7 +6,8 @@ import os
 
 from arpo_ext.config import BrowserToolConfig, SummarizerConfig
 from arpo_ext.errors import ToolError, TransientToolError
-from arpo_ext.tools.web_page import PageError, extract_text, fetch, windows
+from arpo_ext.tools.page_text import extract_text, windows
+from arpo_ext.tools.web_page import PageError, fetch
 from arpo_ext.types import ToolResult
 
 _PROMPT = (
@@ -19,7 +20,7 @@ _PROMPT = (
 class BrowserTool:
     """Reads one web page. The call holds an address and, after a space or newline, what to look for.
 
-    The answer is the page's text where it matches the query (see `web_page.windows`), at most `page_chars` characters,
+    The answer is the page's text where it matches the query (see `page_text.windows`), at most `page_chars` characters,
     or what the summarizer made of that text. Pages are fetched from this process: only public http and https addresses,
     at most `max_mb`, within `timeout_s`.
     """

@@ -44,11 +44,14 @@ class AnswerCache:
     def get(self, identity: str, call: ToolCall) -> ToolResult | None:
         """The kept answer with `cached=True`, or None."""
         try:
-            text = self._store.get(_key(identity, call))
-        except self._faults as error:
+            kept = self._store.get(_key(identity, call))
+            text = None if kept is None else json.loads(kept)
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"got {text!r:.60}; expected a text")
+        except (*self._faults, ValueError, TypeError) as error:  # the latter two: what was kept is damaged
             self._warn("read", error)
             return None
-        return None if text is None else ToolResult(call.name, json.loads(text), ok=True, cached=True)
+        return None if text is None else ToolResult(call.name, text, ok=True, cached=True)
 
     def put(self, identity: str, call: ToolCall, result: ToolResult) -> None:
         if not result.ok:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from arpo_ext.errors import ToolError, TransientToolError
+from arpo_ext.errors import TransientToolError
 
 if TYPE_CHECKING:
     import httpcore
@@ -27,6 +28,12 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({408, 425, 429})
 _TEXT_TYPES = ("text/", "application/xhtml", "application/json", "application/xml")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Where IPv6 has addresses of the open Internet at all; elsewhere are forms that carry IPv4 and what is not given out.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# Not global, though `ipaddress` of some Python versions says so: protocol assignments, 6to4 relays, documentation.
+_NEVER_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
+# What stays as it is in a path or query; the rest is percent-encoded.
+_URL_SAFE = "%/:=&?~#+!$,;'@()*[]|"
 
 
 class PageError(Exception):
@@ -48,14 +55,14 @@ def fetch(url: str, *, timeout_s: float, max_bytes: int, allow_private: bool = F
     import httpcore
 
     deadline = time.monotonic() + timeout_s
-    with httpcore.ConnectionPool(network_backend=_backend(allow_private), max_connections=1) as pool:
+    with httpcore.ConnectionPool(network_backend=_backend(allow_private, deadline), max_connections=1) as pool:
         for _ in range(_MAX_REDIRECTS + 1):
             _check_url(url)
             try:
-                with pool.stream("GET", url, headers=_HEADERS, extensions=_timeouts(deadline)) as response:
+                with pool.stream("GET", _ascii(url), headers=_HEADERS, extensions=_timeouts(deadline)) as response:
                     location = _header(response.headers, b"location")
                     if response.status not in _REDIRECTS or not location:
-                        return _read(url, response, deadline, max_bytes)
+                        return _read(url, response, max_bytes)
             except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
                 raise TransientToolError(f"{url} cannot be read: {type(error).__name__}: {error}") from None
             except (httpcore.UnsupportedProtocol, UnicodeError, ValueError) as error:
@@ -80,16 +87,30 @@ def _check_url(url: str) -> None:
         raise PageError(f"{url} holds a user name; expected an address without")
 
 
+def _ascii(url: str) -> str:
+    """The address as it goes over the wire: host in IDNA form, other characters percent-encoded. UnicodeError if the
+    host has none."""
+    parts = urlsplit(url)
+    host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
+    place = f"[{host}]" if ":" in host else host
+    path, query = (quote(part, safe=_URL_SAFE) for part in (parts.path or "/", parts.query))
+    return urlunsplit((parts.scheme, place if parts.port is None else f"{place}:{parts.port}", path, query, ""))
+
+
 def _timeouts(deadline: float) -> dict[str, Any]:
     rest = max(deadline - time.monotonic(), 1e-3)
     return {"timeout": {"connect": rest, "read": rest, "write": rest, "pool": rest}}
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in headers if key.lower() == name), "")
+    value = next((value for key, value in headers if key.lower() == name), b"")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
-def _read(url: str, response: httpcore.Response, deadline: float, max_bytes: int) -> Page:
+def _read(url: str, response: httpcore.Response, max_bytes: int) -> Page:
     if response.status in _BUSY or response.status >= 500:
         raise TransientToolError(f"{url} answered with status {response.status}")
     if response.status != 200:
@@ -104,9 +125,6 @@ def _read(url: str, response: httpcore.Response, deadline: float, max_bytes: int
         content += decode(chunk, max_bytes - len(content))
         if len(content) >= max_bytes:
             break
-        # Each read waits anew for its timeout: a server that drips bytes is stopped here.
-        if time.monotonic() > deadline:
-            raise TransientToolError(f"{url} did not arrive in time")
     charset = next(
         (p.split("=", 1)[1].strip(" \"'") for p in parameters.split(";") if p.strip().startswith("charset=")), None
     )
@@ -135,16 +153,45 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        carried = [ip.sixtofour, *(ip.teredo or ())]
         if ip in _NAT64:
-            carried.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if not all(is_public(str(inner)) for inner in carried if inner is not None):
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        carried = [inner for inner in (ip.sixtofour, *(ip.teredo or ())) if inner is not None]
+        if ip not in _GLOBAL_UNICAST or not all(is_public(str(inner)) for inner in carried):
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NEVER_PUBLIC)
 
 
-def _backend(allow_private: bool) -> httpcore.NetworkBackend:
+def _backend(allow_private: bool, deadline: float) -> httpcore.NetworkBackend:
     import httpcore
+
+    class Timed(httpcore.NetworkStream):
+        """A stream whose reads and writes all end at the deadline, also where a server drips bytes."""
+
+        def __init__(self, inner: httpcore.NetworkStream) -> None:
+            self._inner = inner
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            return self._inner.read(max_bytes, self._rest(httpcore.ReadTimeout))
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            self._inner.write(buffer, self._rest(httpcore.WriteTimeout))
+
+        def start_tls(
+            self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+        ) -> httpcore.NetworkStream:
+            return Timed(self._inner.start_tls(ssl_context, server_hostname, self._rest(httpcore.ConnectTimeout)))
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._inner.get_extra_info(info)
+
+        def close(self) -> None:
+            self._inner.close()
+
+        def _rest(self, error: type[Exception]) -> float:
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                raise error("the time for the page is over")
+            return rest
 
     class PublicOnly(httpcore.NetworkBackend):
         """Resolves a name once, checks what it stands for, and connects to just that."""
@@ -166,7 +213,7 @@ def _backend(allow_private: bool) -> httpcore.NetworkBackend:
             failure: Exception | None = None
             for address in addresses:
                 try:
-                    return self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+                    return Timed(self._inner.connect_tcp(address, port, timeout, local_address, socket_options))
                 except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                     failure = error
             assert failure is not None
@@ -188,62 +235,3 @@ def _resolve(host: str, port: int) -> list[str]:
     except UnicodeError:
         raise PageError(f"{host!r} is not a host name") from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def extract_text(page: Page) -> str:
-    """The readable text of a page, by the trafilatura library; plain text as it is. "" if there is none."""
-    if page.content_type and not page.content_type.startswith(("text/html", "application/xhtml")):
-        try:
-            return page.content.decode(page.charset or "utf-8", errors="replace")
-        except LookupError:
-            return page.content.decode("utf-8", errors="replace")
-    try:
-        import trafilatura
-    except ImportError:
-        raise ToolError("the browser tool needs the trafilatura library: pip install 'arpo-ext[browser]'") from None
-    return trafilatura.extract(page.content, include_comments=False, include_tables=True, favor_recall=True) or ""
-
-
-_Window = tuple[int, int]
-
-
-def windows(text: str, query: str, *, window_chars: int, max_chars: int) -> str:
-    """The parts of `text` that share most words with `query`, in the order of the text, at most `max_chars` in all.
-
-    Windows of `window_chars` start at every half window; the best ones by distinct words of the query, then by how many
-    they hold, are kept, neighbours joined. Without a query, or where no word occurs, the beginning.
-    """
-    if len(text) <= max_chars:
-        return text
-    words = {word for word in query.casefold().split() if len(word) > 2}
-    folded = text.casefold()
-    if len(folded) != len(text):
-        folded = text.lower() if len(text.lower()) == len(text) else text
-    scored: list[tuple[tuple[int, int], int]] = []
-    for start in range(0, max(len(text) - window_chars // 2, 1), max(window_chars // 2, 1)):
-        counts = [folded.count(word, start, start + window_chars) for word in words]
-        scored.append(((sum(map(bool, counts)), sum(counts)), start))
-    scored.sort(key=lambda entry: (-entry[0][0], -entry[0][1], entry[1]))
-    if not scored or scored[0][0][0] == 0:
-        return text[:max_chars] + "…"
-    chosen: list[_Window] = []
-    for (distinct, _), start in scored:
-        if distinct == 0:
-            break
-        merged = _merge([*chosen, (start, min(start + window_chars, len(text)))])
-        if sum(end - begin for begin, end in merged) > max_chars:
-            break
-        chosen = merged
-    chosen = chosen or [(scored[0][1], min(scored[0][1] + max_chars, len(text)))]
-    joined = "\n…\n".join(text[begin:end].strip() for begin, end in chosen)
-    return ("…" if chosen[0][0] > 0 else "") + joined + ("…" if chosen[-1][1] < len(text) else "")
-
-
-def _merge(spans: Iterable[_Window]) -> list[_Window]:
-    merged: list[_Window] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((begin, end))
-    return merged
