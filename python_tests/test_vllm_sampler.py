@@ -1,6 +1,7 @@
 """The sampler on a real vLLM engine with a tiny random model, against transformers in float32."""
 
 import math
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -249,6 +250,42 @@ def test_collected_trees_hold_what_the_model_computes(sampler, talker, renderer)
                 assert segment.entropies == pytest.approx(entropies, abs=1e-4), index
     other = collect(prompts, sampler=sampler, tools=AnsweringTools(), renderer=renderer, config=config, seed=12)
     assert other.trees != runs[0].trees
+
+
+def test_a_cancelled_collection_is_finished_by_the_same_engine(sampler, talker, renderer):
+    sampler.push_weights(talker.named_parameters())
+    config = RolloutConfig(
+        paths=6,
+        initial_paths=3,
+        probe_tokens=4,
+        policy="random",
+        temperature=TEMPERATURE,
+        logit_bias=BIAS,
+        max_tool_calls=3,
+        max_response_tokens=90,
+        max_open_requests=4,
+    )
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": "mass of"},), ("7",)) for i in range(4)]
+    cancel, ended = threading.Event(), []
+
+    def count(paths):
+        ended.append(paths)
+        # Three of 24 are missing, so of four trees one at least is complete.
+        if len(ended) == 21:
+            cancel.set()
+
+    parts = {"sampler": sampler, "tools": AnsweringTools(), "renderer": renderer, "config": config, "seed": 11}
+    cut = collect(prompts, **parts, progress=count, cancel=cancel)
+    assert sampler.num_unfinished == 0
+    complete = [tree for tree in cut.trees if tree.is_complete]
+    assert 0 < len(complete) < 4
+    assert cut.metrics["rollout/cancelled_paths"] > 0
+    again = collect(prompts, **parts, finished=cut.trees)
+    assert [tree for tree in again.trees if tree in complete] == complete
+    assert again.metrics["rollout/prefix_tokens_reused"] > 0
+    for tree in (*cut.trees, *again.trees):
+        check_tree(tree, 6, 3, max_tool_calls=3, max_response_tokens=90, probe_tokens=4)
+    assert all(tree.is_complete for tree in again.trees)
 
 
 def _params(row=None, limit=0, temperature=1.0):
