@@ -234,6 +234,34 @@ def test_the_gap_to_the_sampler_is_measured_before_the_weights_move(model):
     assert math.isnan(metrics["train/logprob_gap_mean"])
 
 
+def test_the_distance_to_the_sampler_by_its_definitions(model):
+    trees = sampled_trees(model, noise=0.5)
+    differences = []
+    for rollout_tree in trees:
+        for leaf in rollout_tree.leaves:
+            with torch.no_grad():
+                own = row_logprobs(model, rollout_tree.path_tokens(leaf.segment)).tolist()
+            parts = [rollout_tree.segments[i] for i in rollout_tree.path(leaf.segment)]
+            sampled = [p for part in parts for p in (part.logprobs or [None] * len(part.tokens))][1:]
+            differences += [a - b for a, b in zip(own, sampled, strict=True) if b is not None]
+    _, metrics = gradient_by_step(model, trees, TrainConfig())
+    count = len(differences)
+    weights = [math.exp(d) for d in differences]
+    expected = {
+        "train/sampler_kl_k1": -sum(differences) / count,
+        "train/sampler_kl_k2": sum(d * d / 2 for d in differences) / count,
+        "train/sampler_kl_k3": sum(math.exp(d) - 1 - d for d in differences) / count,
+        "train/sampler_ess": sum(weights) ** 2 / (count * sum(w * w for w in weights)),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert expected["train/sampler_ess"] < 0.95
+    # A sampler that nearly ruled a token out: no overflow.
+    segment = replace(trees[0].segments[3], logprobs=(-1000.0,))
+    far = replace(trees[0], segments=(*trees[0].segments[:3], segment, *trees[0].segments[4:]))
+    _, metrics = gradient_by_step(model, [far], TrainConfig())
+    assert math.isfinite(metrics["train/sampler_kl_k2"])
+
+
 def test_entropy_is_that_of_the_trained_positions(model):
     (rollout_tree,) = trees = sampled_trees(model, rewards=[(1.0, 0.0, 0.0)])
     entropies = []

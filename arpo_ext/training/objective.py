@@ -88,8 +88,6 @@ def objective(
         entropy=entropy if config.entropy_coef > 0 else None,
         entropy_coef=config.entropy_coef,
     )
-    measured = trained & columns.sampler_logprob.isfinite()
-    gap = torch.where(measured, (current - columns.sampler_logprob).abs(), 0.0)
     return loss, {
         "loss": loss.detach(),
         "tokens": trained.sum(),
@@ -99,10 +97,30 @@ def objective(
         "clipped_high": sums.clipped_high,
         "clipped_low": sums.clipped_low,
         "ref_kl": sums.ref_kl_k3,
-        "gap": gap.sum(),
-        "gap_tokens": measured.sum(),
-        "gap_max": gap.max(),
+        **_gap(current, columns.sampler_logprob, trained),
         "log_ratio_max": torch.where(trained, current - old, -torch.inf).max(),
+    }
+
+
+def _gap(current: Tensor, sampler: Tensor, trained: Tensor) -> dict[str, Tensor]:
+    """How far the trainer, log-probabilities `current`, is from the sampler on what the sampler drew.
+
+    With d = current - sampler of a token: sums of |d|, of Schulman's three estimates of KL(sampler || trainer), which
+    are -d, d^2 / 2 and e^d - 1 - d, and of the importance weight e^d and its square.
+    """
+    measured = trained & sampler.isfinite()
+    # In float64 a ratio overflows beyond e^709 only.
+    d = torch.where(measured, current - sampler, 0.0).double()
+    weight = torch.where(measured, d.exp(), 0.0)
+    return {
+        "gap": d.abs().sum(),
+        "gap_max": d.abs().max(),
+        "gap_tokens": measured.sum(),
+        "kl_k1": -d.sum(),
+        "kl_k2": d.square().sum() / 2,
+        "kl_k3": (d.expm1() - d).sum(),
+        "importance": weight.sum(),
+        "importance_squares": weight.square().sum(),
     }
 
 

@@ -152,11 +152,17 @@ def _metrics(
     *,
     referenced: bool,
 ) -> dict[str, float]:
-    """The statistics of every batch of every update, over all ranks; the gap is that of the first update."""
+    """The statistics of every batch of every update, over all ranks; those of the sampler are of the first update.
+
+    train/sampler_kl_k1 to k3: mean estimates of KL(sampler || trainer) by token, see `objective`. train/sampler_ess:
+    effective sample size of the importance weights, (sum w)^2 / sum w^2, as a share of the tokens.
+    """
     everything = [statistics for record in records for statistics in record]
     counted = ("loss", "tokens", "entropy", "weight", "clipped", "clipped_high", "clipped_low", "ref_kl")
-    values = [_total(everything, name) for name in counted] + [_total(records[0], n) for n in ("gap", "gap_tokens")]
-    loss, tokens, entropy, weight, *weighted, gap, gap_tokens = global_sum(accelerator, values)
+    of_first = ("gap", "gap_tokens", "kl_k1", "kl_k2", "kl_k3", "importance", "importance_squares")
+    values = [_total(everything, name) for name in counted] + [_total(records[0], name) for name in of_first]
+    loss, tokens, entropy, weight, *rest = global_sum(accelerator, values)
+    weighted, (gap, gap_tokens, *kls, importance, squares) = rest[:4], rest[4:]
     clipped, high, low, ref_kl = (value / weight if weight else math.nan for value in weighted)
     maxima = [_largest(records[0], "gap_max"), _largest(everything, "log_ratio_max")]
     gap_max, log_ratio_max = global_max(accelerator, maxima)
@@ -170,6 +176,8 @@ def _metrics(
         "train/entropy": entropy / tokens if tokens else math.nan,
         "train/logprob_gap_mean": gap / gap_tokens if gap_tokens else math.nan,
         "train/logprob_gap_max": gap_max if gap_tokens else math.nan,
+        **{f"train/sampler_kl_k{i}": kl / gap_tokens if gap_tokens else math.nan for i, kl in enumerate(kls, 1)},
+        "train/sampler_ess": importance**2 / (squares * gap_tokens) if gap_tokens else math.nan,
         # Beyond e^700 a float overflows.
         "train/ratio_max": math.exp(min(log_ratio_max, 700.0)) if tokens else math.nan,
     }
