@@ -83,7 +83,7 @@ void ratio_sides(const float* mean, const Rule& rule, RatioSides& out) {
     const F32x16 r = exponential(g, g).r;
     Sides s = clip_sides<clip>(r, rule);
     if (clip != PolicyClip::cispo) {
-        const Mask16 outside = not_equal(g, y);
+        const Mask16 outside = beyond_guard(y);
         s.above_slope = choose(outside, zero, s.above_slope);
         s.below_slope = choose(outside, zero, s.below_slope);
     }

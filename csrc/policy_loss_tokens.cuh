@@ -50,6 +50,7 @@ __device__ double value_of(const PolicyNumber& number) { return number.address ?
 __device__ float guarded(float x) {
     return x > kLogRatioBound ? kLogRatioBound : x < -kLogRatioBound ? -kLogRatioBound : x;
 }
+__device__ bool beyond_guard(float x) { return fabsf(x) > kLogRatioBound; }
 
 // e^v - 1 - v for |v| <= 20, without cancellation near 0; r is e^v.
 __device__ float above_line(float v, float r) {
@@ -96,7 +97,7 @@ __device__ Sides clip_sides(const Bounds& rule, float r) {
 __device__ GroupRatio ratio_at(const Bounds& rule, float mean) {
     const float g = guarded(mean), r = expf(g);
     Sides s = clip_sides(rule, r);
-    if (g != mean && rule.clip != PolicyClip::cispo) s.above_slope = s.below_slope = 0.0f;
+    if (beyond_guard(mean) && rule.clip != PolicyClip::cispo) s.above_slope = s.below_slope = 0.0f;
     return {r, s.above, s.above_slope, s.below, s.below_slope, 0.0f};
 }
 
@@ -225,7 +226,7 @@ __device__ float add_token(const PolicyLoss& loss, const Bounds& rule, const Tok
         sums[kSumRefKlK3] += w * k3;
         if (kl == PolicyKl::k1) gradient += scales.kl * w;
         if (kl == PolicyKl::k2) gradient += scales.kl * w * d;
-        if (kl == PolicyKl::k3 && bounded == d) gradient += scales.kl * w * (d - k3);
+        if (kl == PolicyKl::k3 && !beyond_guard(d)) gradient += scales.kl * w * (d - k3);
     }
     if (loss.tokens.entropy) sums[kSumEntropy] += w * token.entropy;
     return gradient;

@@ -40,6 +40,11 @@ inline F32x16 guarded(F32x16 x) {
     return max(F32x16::set(-kLogRatioBound), min(F32x16::set(kLogRatioBound), x));
 }
 
+// Where there is no slope; not where x is NaN, which has to show in the gradient.
+inline Mask16 beyond_guard(F32x16 x) {
+    return greater(max(x, F32x16::set(0.0f) - x), F32x16::set(kLogRatioBound));
+}
+
 // The two sides of a clip at ratio r: a token's objective is positive * above + negative * below (times logprob for
 // cispo), and the slopes are their derivatives with respect to log r (to logprob for cispo).
 struct Sides {
@@ -156,7 +161,7 @@ inline F32x16 add_reference(F32x16 d, F32x16 w, PolicyKl kl, BlockSums& sums) {
     sums.ref3 = fma(w, k3, sums.ref3);
     if (kl == PolicyKl::k1) return w;
     if (kl == PolicyKl::k2) return w * d;
-    return kl == PolicyKl::k3 ? choose(not_equal(g, d), zero, w * (g - k3)) : zero;
+    return kl == PolicyKl::k3 ? choose(beyond_guard(d), zero, w * (g - k3)) : zero;
 }
 
 template <Level level, PolicyClip clip, bool pair>
@@ -173,7 +178,9 @@ inline void add_tokens(const PolicyTokens& in, std::int64_t t, const Rule& rule,
     if (level != Level::path) {
         const F32x16 slope = add_policy<level, clip, pair>(in, t, rule, group, trained, w, e.r, sums);
         gradient = slope * F32x16::set(rule.scale);
-        if (level == Level::token && clip != PolicyClip::cispo) gradient = choose(not_equal(g, x), zero, gradient);
+        if (level == Level::token && clip != PolicyClip::cispo) {
+            gradient = choose(beyond_guard(x), zero * gradient, gradient);
+        }
     }
     if (level != Level::token && out.shared) gradient = F32x16::set(group.gradient);
     sums.weight = sums.weight + w;

@@ -54,10 +54,11 @@ def test_unaligned_strided_and_expanded_inputs(backend, pair):
     assert run(flat, backend, normalizer=1.0)[1].equal(run(solid, backend, normalizer=1.0)[1])
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clip", ["ppo", "gppo", "cispo", "sapo"])
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
 def test_nan_in_a_trained_token_shows(backend, clip, ratio):
+    """In the loss and in the gradient, which is what an optimizer sees; of a shared ratio, in all that share it."""
     for which in range(4):
         tokens = [torch.rand(100) + 0.1 for _ in range(4)]
         tokens[which][63] = math.nan
@@ -66,6 +67,30 @@ def test_nan_in_a_trained_token_shows(backend, clip, ratio):
         assert loss.isnan()
         assert gradient[:60].isfinite().all()
         assert gradient[70:].isfinite().all()
+        shared = ratio != "token" and (which < 2 or clip != "cispo")
+        assert gradient[60:70].isnan().tolist() == [shared or token == 63 for token in range(60, 70)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("x", [0.5, 25.0])
+@pytest.mark.parametrize("name", ["advantage", "ref_logprob"])
+def test_nan_shows_in_the_gradient_beyond_the_guard_too(backend, x, name):
+    tokens = [torch.full((40,), x), torch.zeros(40), torch.ones(40), torch.ones(40)]
+    ref = torch.zeros(40)
+    (tokens[2] if name == "advantage" else ref)[3] = math.nan
+    gradient = run(tokens, backend, normalizer=1.0, ref_logprob=ref, kl="k3", kl_coef=0.1, clip="gppo")[1]
+    assert gradient.isnan().tolist() == [token == 3 for token in range(40)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_packed_path_shows_in_all_its_tokens(backend):
+    """Segments 0 - 1, 0 - 2: what only the other path has is untouched."""
+    tokens = [torch.zeros(9), torch.zeros(9), torch.ones(2), torch.tensor([2.0, 2, 2, 1, 1, 1, 1, 1, 1])]
+    tokens[0][4] = math.nan
+    tree = {"segment": torch.arange(9) // 3, "parent": torch.tensor([-1, 0, 0]), "leaf_segment": torch.tensor([1, 2])}
+    loss, gradient, _ = run(tokens, backend, normalizer=1.0, ratio="sequence", **tree)
+    assert loss.isnan()
+    assert gradient.isnan().tolist() == [True] * 6 + [False] * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,7 +35,8 @@ With d = logprob - ref_logprob and g = clamp(d, -20, 20), `kl` is an estimate of
 
 Where the mean under a ratio's exp, or x itself, lies outside [-20, 20] the gradient is 0 (not for cispo, whose ratio
 has none), as in verl. At r equal to a bound the gradient passes, as through `torch.clamp`. Nothing of a token of weight
-0 counts: its other inputs may be NaN, its gradient is 0. A NaN elsewhere makes the loss NaN. `normalizer` is the sum of
+0 counts: its other inputs may be NaN, its gradient is 0. A NaN elsewhere makes the loss NaN,
+and one that the gradient depends on that gradient, so that no step is taken with it. `normalizer` is the sum of
 `weight` over all ranks and micro-batches of the step, so that the losses and gradients of any split into micro-batches
 (of whole segments or rows, if ratios span them) add up to those of the whole.
 

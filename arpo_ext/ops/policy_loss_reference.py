@@ -120,7 +120,7 @@ def _objective(
     tau_negative: float | Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """What is maximised, per token or leaf, and the sums high, low, dual, ratio and largest ratio of the clip."""
-    r = level.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    r = _guarded(level).exp()
     low, high = 1 - clip_low, 1 + clip_high
     inf = torch.inf if dual_clip is None else dual_clip
     if clip == "sapo":
@@ -164,9 +164,16 @@ def _paths(parent: Tensor, leaf_segment: Tensor) -> Tensor:
     return path > 0
 
 
+def _guarded(x: Tensor) -> Tensor:
+    """clamp(x, -20, 20), whose gradient at NaN is 1: `torch.clamp` has 0 there, which hides it from the optimizer."""
+    passes = (x.abs() <= MAX_LOG_RATIO) | x.isnan()
+    moving = x.nan_to_num()
+    return x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) + passes * (moving - moving.detach())
+
+
 def _kl_estimates(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k1, k2 and k3 of KL(policy || reference) from d = logprob - ref_logprob."""
-    guarded = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    guarded = _guarded(d)
     return d, 0.5 * d * d, torch.expm1(-guarded) + guarded
 
 

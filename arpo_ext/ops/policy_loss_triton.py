@@ -21,6 +21,7 @@ from arpo_ext.ops import _triton_policy as policy
 from arpo_ext.ops._policy_loss import TENSORS, PolicyLossCall
 from arpo_ext.ops._triton import on_device
 from arpo_ext.ops._triton_policy import (
+    BOUND,
     CISPO,
     ROWS,
     above_line,
@@ -152,7 +153,7 @@ def tokens_kernel(
         if KL == 2:
             gradient += kl_scale * w * d
         if KL == 3:
-            gradient += tl.where(bounded == d, kl_scale * w * (d - ref_k3), 0.0)
+            gradient += tl.where(tl.abs(d) > BOUND, 0.0, kl_scale * w * (d - ref_k3))
     if entropy is not None:
         value = tl.where(trained, tl.load(entropy + t, mask=within, other=0.0), 0.0)
         tl.store(part + 15 * columns, tl.sum(w * value, 0).to(tl.float64))
