@@ -262,6 +262,9 @@ class SftConfig(_Section):
     warmup_steps: int = Field(50, ge=0)
     decay_fraction: float = Field(0.3, ge=0, le=1, description="share of the steps over which lr falls linearly to 0")
     grad_clip: PositiveFloat = 1.0
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="of weights, gradients and moments over the processes; none: each has a copy"
+    )
     max_tokens: PositiveInt = 2048
 
 
@@ -278,6 +281,9 @@ class TrainConfig(_Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: PositiveFloat = 1.0
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="of weights, gradients and moments over the processes; none: each has a copy"
+    )
     estimator: Literal["grpo", "dr_grpo", "rloo", "opo", "grpo_passk", "none"] = "grpo"
     whiten: bool = Field(False, description="then: advantages minus mean, over std, of all trained tokens of the step")
     credit: Literal["soft", "hard", "turn"] = Field(

@@ -17,13 +17,13 @@ from arpo_ext.config import TrainConfig
 from arpo_ext.errors import CheckpointError, ConfigError
 from arpo_ext.training import checkpoint
 from arpo_ext.training.checkpoint_folder import best, check_room, latest, prune
-from arpo_ext.training.step import prepare
+from arpo_ext.training.prepare import prepare
 
 IDENTITY = {"seed": 1}
 
 
-def parts(*, seed=0, lr=1e-3, tied=True):
-    accelerator, model, optimizer = prepare(tiny_model(seed=seed, tied=tied), TrainConfig(lr=lr))
+def parts(*, lr=1e-3, **model):
+    accelerator, model, optimizer = prepare(tiny_model(**model), TrainConfig(lr=lr))
     return {"accelerator": accelerator, "model": model, "optimizer": optimizer}
 
 
@@ -149,14 +149,36 @@ def test_the_final_model_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_foreign_checkpoints_are_refused(tmp_path, monkeypatch):
+def test_foreign_checkpoints_are_refused(tmp_path):
     own = parts()
     path = save(tmp_path, own)
     with pytest.raises(CheckpointError, match="was made with seed 1; this run has 2"):
         checkpoint.load(path, {"seed": 2}, **own)
+    with pytest.raises(
+        CheckpointError, match=r"another model \(model.embed_tokens.weight is \[31, 32\], expected \[31, 16\]\)"
+    ):
+        checkpoint.load(path, IDENTITY, **parts(hidden=16))
+    with pytest.raises(CheckpointError, match=r"another model \(it lacks model\.layers\.2"):
+        checkpoint.load(path, IDENTITY, **parts(layers=3))
+    with pytest.raises(CheckpointError, match=r"another model \(it has model\.layers\.1"):
+        checkpoint.load(path, IDENTITY, **parts(layers=1))
+
+
+def test_generators_of_another_number_of_processes_stay_where_they_are(tmp_path, monkeypatch):
+    own = parts()
+    path = save(tmp_path, own)
+    before = torch.get_rng_state()
     monkeypatch.setattr(type(own["accelerator"]), "num_processes", 4)
-    with pytest.raises(CheckpointError, match="is of 1 processes; this run has 4"):
-        checkpoint.load_rng(path, own["accelerator"])
+    assert not checkpoint.load_rng(path, own["accelerator"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_optimiser_that_has_not_stepped_stays_so(tmp_path):
+    own, other = parts(), parts(seed=9)
+    path = save(tmp_path, own)
+    checkpoint.load(path, IDENTITY, **other)
+    assert not own["optimizer"].state
+    assert not other["optimizer"].state
 
 
 def test_no_checkpoints_is_none(tmp_path):

@@ -57,6 +57,7 @@ EXTRAS = {
     "rollout/vllm_sampler.py": {"vllm"},
     "rollout/vllm_stepped.py": {"vllm"},
     "rollout/vllm_worker.py": {"vllm"},
+    "training/weights.py": {"deepspeed"},
     "evaluation/report.py": {"jinja2", "markupsafe"},
     "evaluation/report_charts.py": {"markupsafe"},
     "evaluation/report_plots.py": {"markupsafe"},

@@ -2,12 +2,12 @@
 
     checkpoints/step_000040/
       model/           Hugging Face folder (config, safetensors, tokenizer): usable by itself
-      optimizer.pt     optimiser state
+      optimizer.pt     optimiser state by parameter name, {} before the first step
       rng.pt           python, numpy and torch generator states, one entry per rank
       state.json       step, data position, identity, configuration and metrics, and the size of every file above
 
-Which of them are whole, and which stay, is in `checkpoint_folder`. What this leaves out: sharded optimiser states
-(FSDP, DeepSpeed).
+Tensors are whole, so that another number of processes can go on, sharded or not (`full_state`). Which checkpoints are
+whole, and which stay, is in `checkpoint_folder`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from arpo_ext.errors import CheckpointError
 from arpo_ext.training.checkpoint_folder import place_of, read_state, replace_folder, unwritable, write_state
+from arpo_ext.training.full_state import (
+    difference,
+    gathered_moments,
+    gathered_weights,
+    scatter_moments,
+    scatter_weights,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -65,11 +73,11 @@ def save(
     """
     target = place_of(run_dir, state.step)
     states = gather_object([rng_state() if rng is None else rng])
-    weights = accelerator.get_state_dict(model)
+    weights, moments = gathered_weights(accelerator, model), gathered_moments(accelerator, model, optimizer)
 
     def write(folder: Path) -> None:
         _write_model(folder / "model", accelerator.unwrap_model(model), weights, tokenizer)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(moments, folder / "optimizer.pt")
         torch.save(states, folder / "rng.pt")
         finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
         known = {"identity": dict(identity), "config": dict(config or {}), "metrics": finite}
@@ -81,7 +89,7 @@ def save(
 
 def save_model(folder: Path, *, accelerator: Accelerator, model: nn.Module, tokenizer: Any) -> None:
     """Write a Hugging Face folder, replacing what is there only once the new one is whole. Call it on every rank."""
-    weights = accelerator.get_state_dict(model)
+    weights = gathered_weights(accelerator, model)
 
     def write(temporary: Path) -> None:
         _write_model(temporary, accelerator.unwrap_model(model), weights, tokenizer)
@@ -116,7 +124,9 @@ def load(
     optimizer: torch.optim.Optimizer,
     config: Mapping[str, Any] | None = None,
 ) -> RunState:
-    """Put weights and optimiser state back. CheckpointError if the checkpoint is of a run with another identity.
+    """Put weights and optimiser state back; call it on every rank, rank 0 reads the files.
+
+    CheckpointError if the checkpoint is of a run with another identity, or of another model.
 
     Learning rate, betas and weight decay stay those of `optimizer`: a resumed run may change them. Every key of
     `config` that differs from the checkpoint's is named in a warning.
@@ -129,18 +139,22 @@ def load(
             )
     for key, before, now in changed_keys(row["config"], config or row["config"]):
         _log.warning("%s was made with %s=%r; this run has %r", path.name, key, before, now)
-    plain = accelerator.unwrap_model(model)
-    with _no_bars():
-        saved = type(plain).from_pretrained(path / "model", dtype=plain.dtype)
-    try:
-        plain.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {path} holds another model ({reason}); expected the run's own") from None
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    weights, moments, fault = {}, {}, [None]
+    if accelerator.is_main_process:
+        plain = accelerator.unwrap_model(model)
+        with _no_bars():
+            weights = AutoModelForCausalLM.from_pretrained(path / "model", dtype=plain.dtype).state_dict()
+        moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        fault = [difference(plain, weights)]
+    # Told to all, lest the others wait for weights that do not come.
+    broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise CheckpointError(f"checkpoint {path} holds another model ({fault[0]}); expected the run's own")
+    scatter_weights(accelerator, model, weights)
+    stepped = [bool(moments)]
+    broadcast_object_list(stepped)
+    if stepped[0]:
+        scatter_moments(accelerator, model, optimizer, moments)
     return RunState(step=row["step"], position=row["position"], evaluated=row["evaluated"])
 
 
@@ -154,13 +168,14 @@ def changed_keys(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str,
         yield from changed_keys(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
 
 
-def load_rng(path: Path, accelerator: Accelerator) -> None:
-    """Put the generators back; the last thing before the loop goes on, for whatever runs between may draw from them."""
+def load_rng(path: Path, accelerator: Accelerator) -> bool:
+    """Put the generators back; the last thing before the loop goes on, for whatever runs between may draw from them.
+
+    False, and nothing is put back, if the checkpoint is of another number of processes.
+    """
     states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
     if len(states) != accelerator.num_processes:
-        raise CheckpointError(
-            f"checkpoint {path} is of {len(states)} processes; this run has {accelerator.num_processes}"
-        )
+        return False
     state = states[accelerator.process_index]
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -168,6 +183,7 @@ def load_rng(path: Path, accelerator: Accelerator) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+    return True
 
 
 def rng_state() -> dict[str, Any]:

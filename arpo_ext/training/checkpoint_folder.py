@@ -18,7 +18,7 @@ from typing import Any
 
 from arpo_ext.errors import CheckpointError, ConfigError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _log = logging.getLogger(__name__)
 
 

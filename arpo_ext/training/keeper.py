@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from arpo_ext.errors import CheckpointError, ConfigError, DataError
 from arpo_ext.training import checkpoint, checkpoint_folder
 from arpo_ext.training.checkpoint import RunState
 from arpo_ext.types import Prompt
+
+_log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -42,7 +45,7 @@ class Keeper:
             )
         if parts["accelerator"].is_main_process:
             # Of the weights and the two moments that AdamW keeps of each.
-            size = 3 * sum(parameter.nbytes for parameter in parts["model"].parameters())
+            size = 3 * sum(parameter.numel() * parameter.itemsize for parameter in parts["model"].parameters())
             checkpoint_folder.check_room(config.output_dir, size, config.train.keep_checkpoints)
         # A run begins with an evaluation.
         self.state = RunState(evaluated=False)
@@ -59,9 +62,13 @@ class Keeper:
     def restore_generators(self) -> None:
         """Put the random generators where the run stands; the last thing before it goes on."""
         if self._source:
-            checkpoint.load_rng(self._source, self._parts["accelerator"])
-        else:
-            set_seed(self.config.seed, device_specific=True)
+            if checkpoint.load_rng(self._source, self._parts["accelerator"]):
+                return
+            _log.warning(
+                "%s is of another number of processes: random generators start anew from the seed", self._source.name
+            )
+        # Never those that the steps before the checkpoint began with.
+        set_seed(self.config.seed + self.state.step, device_specific=True)
 
     def stands_at(self, state: RunState, metrics: Mapping[str, float]) -> None:
         """Note a state that can be resumed from, and metrics of its step. ConfigError if none is the best_metric."""

@@ -26,12 +26,12 @@ from arpo_ext.tracking import Tracker
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
 from arpo_ext.training.batch import plan_updates
 from arpo_ext.training.checkpoint import RunState, save_model
-from arpo_ext.training.forward import prepare_model
 from arpo_ext.training.gather import Collected, Gathered, gather_trees
 from arpo_ext.training.keeper import Keeper
 from arpo_ext.training.metrics import memory_metrics, tree_metrics
+from arpo_ext.training.prepare import prepare, prepare_reference
 from arpo_ext.training.schedule import set_learning_rate
-from arpo_ext.training.step import global_max, global_sum, policy_step, prepare
+from arpo_ext.training.step import global_max, global_sum, policy_step
 from arpo_ext.training.termination import Terminated, Termination
 from arpo_ext.types import Prompt, RolloutTree
 
@@ -66,8 +66,7 @@ def train(
         identity["reference"] = _fingerprint(reference)
     accelerator, model, optimizer = prepare(model, settings)
     if reference is not None:
-        prepare_model(reference, packed=settings.packing == "tree")
-        reference = accelerator.prepare_model(reference, evaluation_mode=True)
+        reference = prepare_reference(accelerator, reference, settings)
     pad_token = tokenizer.pad_token_id or 0
     parts = {"accelerator": accelerator, "model": model, "optimizer": optimizer}
     alone = accelerator.num_processes == 1

@@ -19,14 +19,9 @@ from arpo_ext.tracking import Tracker
 from arpo_ext.training.batch import Row, TokenBatch, token_batch
 from arpo_ext.training.checkpoint import save_model
 from arpo_ext.training.forward import token_statistics
+from arpo_ext.training.prepare import apply_gradients, backward_sum, prepare, until_synchronised
 from arpo_ext.training.schedule import set_learning_rate
-from arpo_ext.training.step import (
-    apply_gradients,
-    backward_sum,
-    global_sum,
-    prepare,
-    until_synchronised,
-)
+from arpo_ext.training.step import global_sum
 
 _SILENT_ROW = Row(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
 

@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from arpo_ext.config import SftConfig, TrainConfig
-from arpo_ext.errors import ModelError
+from arpo_ext.config import TrainConfig
 from arpo_ext.training.batch import PolicyBatch, Update, weightless_batch
-from arpo_ext.training.forward import prepare_model, row_statistics
+from arpo_ext.training.forward import row_statistics
 from arpo_ext.training.objective import objective
-
-Batch = TypeVar("Batch")
-
-
-def prepare(
-    model: nn.Module, settings: TrainConfig | SftConfig
-) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
-    """Accelerator, and the model and its AdamW wrapped for however many processes were launched.
-
-    ModelError if the settings want trees packed that the model cannot read.
-    """
-    model.train()
-    prepare_model(model, packed=isinstance(settings, TrainConfig) and settings.packing == "tree")
-    accelerator = Accelerator()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
-    return accelerator, *accelerator.prepare(model, optimizer)
-
-
-def until_synchronised(accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches of one update, in a context where gradients cross ranks with the last of them only.
-
-    Run forward and `backward_sum` inside the loop. Every rank must bring the same number of batches.
-    """
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            yield batch
-
-
-def backward_sum(accelerator: Accelerator, loss: Tensor) -> None:
-    """Add the gradient of the sum of `loss` over the ranks; DDP takes the mean, hence the factor."""
-    accelerator.backward(loss * accelerator.num_processes)
-
-
-def apply_gradients(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float
-) -> float:
-    """Clip, step, clear. Returns the norm before clipping; ModelError, weights untouched, if it is not finite."""
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), grad_clip))
-    if not math.isfinite(norm):
-        raise ModelError(
-            f"the gradient norm is {norm}; expected a finite one (lower the learning rate or check the data)"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+from arpo_ext.training.prepare import apply_gradients, backward_sum, until_synchronised
 
 
 def policy_step(
@@ -85,6 +35,7 @@ def policy_step(
     first update, before any weight has moved. An update in which no rank has a row is skipped; if all are, the metrics
     are those of a few rows without advantage. reference: in evaluation mode; needed if `config.kl_coef` is above 0.
     """
+    updates = [_filled_up(accelerator, update, pad_token) for update in updates]
     measure = partial(_with_logprobs, accelerator=accelerator, temperature=temperature)
     if config.old_logprob == "trainer" and len(updates) > 1:
         updates = [measure(update, "old_logprob", model) for update in updates]
@@ -93,13 +44,11 @@ def policy_step(
     records: list[list[dict[str, Tensor]]] = []
     norms: list[float] = []
     for update in updates:
-        count = int(global_max(accelerator, [len(update.micro_batches)])[0])
-        (normalizer,) = global_sum(accelerator, [update.normalizer])
-        if count == 0:
+        if not update.micro_batches:
             continue
-        padding = [weightless_batch(pad_token)] * (count - len(update.micro_batches))
+        (normalizer,) = global_sum(accelerator, [update.normalizer])
         records.append([])
-        for batch in until_synchronised(accelerator, model, [*update.micro_batches, *padding]):
+        for batch in until_synchronised(accelerator, model, update.micro_batches):
             loss, statistics = batch_loss(model, batch.to(accelerator.device), config, normalizer, temperature)
             backward_sum(accelerator, loss)
             records[-1].append(statistics)
@@ -130,6 +79,13 @@ def global_max(accelerator: Accelerator, values: Sequence[float]) -> list[float]
     """Largest of each value over the ranks."""
     local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
     return accelerator.gather(local).amax(dim=0).tolist()
+
+
+def _filled_up(accelerator: Accelerator, update: Update, pad_token: int) -> Update:
+    """The update with as many micro-batches as the rank with the most of them has."""
+    count = int(global_max(accelerator, [len(update.micro_batches)])[0])
+    padding = [weightless_batch(pad_token)] * (count - len(update.micro_batches))
+    return replace(update, micro_batches=[*update.micro_batches, *padding])
 
 
 def _with_logprobs(

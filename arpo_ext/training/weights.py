@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -14,15 +16,24 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     The copy is detached: an engine may keep it while training goes on. A tied weight comes once, under the name of the
     tensor it is tied to (no `lm_head.weight` beside tied embeddings), because engines that tie refuse the second name.
-    Wrappers of accelerate, DDP and torch.compile are looked through. Sharded tensors are gathered: all ranks must call.
+    Wrappers of accelerate, DDP and torch.compile are looked through. Sharded weights (FSDP2, ZeRO-3) are gathered one
+    at a time, as they are asked for: all ranks must go through all of them.
     """
     model = extract_model_from_parallel(model)
-    seen: set[tuple[object, ...]] = set()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            identity = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            yield name, gathered.detach().clone()
+    seen: set[int] = set()
+    # Parameters themselves, not views: the same on every rank, where a share may be empty and have no address.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        with torch.no_grad(), _gathered(tensor):
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def _gathered(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """While inside, a weight that ZeRO-3 has dealt to the ranks is whole."""
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters([tensor])
