@@ -32,6 +32,8 @@ def cut(tensor, edges, rank, dim):
 
 
 def edges_of(ranks, uneven):
+    if uneven == "some without columns":
+        return [0, 0, 24] if ranks == 2 else [0, 9, 9, 24, 24]
     if uneven:
         return [0, 1, 24] if ranks == 2 else [0, 7, 8, 20, 24]
     return [VOCAB // ranks * rank for rank in range(ranks + 1)]
@@ -118,6 +120,37 @@ def logits_uneven_shards(rank, ranks):
     *_, logits, labels = inputs()
     compare_logits(rank, ranks, logits, labels, uneven=True)
     compare_logits(rank, ranks, logits, labels, uneven=True, **options_of(labels))
+
+
+def ranks_without_columns(rank, ranks):
+    hidden, weight, bias, logits, labels = inputs()
+    uneven, world = "some without columns", dist.group.WORLD
+    for backend in ("auto", "reference"):
+        options = {**options_of(labels), "backend": backend, "uneven": uneven}
+        compare_logits(rank, ranks, logits, labels, **options)
+        compare_linear(rank, ranks, hidden, weight, bias, labels, **options)
+    compare_logits(rank, ranks, logits.view(3, 3, VOCAB), None, uneven=uneven)
+    edges = edges_of(ranks, uneven)
+    leaf = cut(logits, edges, rank, -1)
+    options = {"inplace_backward": True, "group": world, **place(edges, rank, uneven)}
+    (ours,) = torch.autograd.grad(ops.logprob_entropy(leaf * 1, labels, **options)[1].sum(), leaf)
+    assert ours.shape == leaf.shape
+    # What is wrong raises on every rank: one that waits for another would wait for ever.
+    part, rows = leaf.detach(), cut(weight, edges, rank, 0)
+    with pytest.raises(ValueError, match=r"columns must make up the vocabulary, got .*none of 0.*unequal shards need"):
+        ops.entropy(part, group=world)
+    with pytest.raises(ValueError, match=r"columns must make up the vocabulary, got none of 0, none of 0"):
+        ops.linear_logprob_entropy(hidden, rows[:0], group=world)
+    del options["inplace_backward"]
+    for wrong in (labels + VOCAB, labels - 99):
+        with pytest.raises(ValueError, match=r"labels must be in 0 to 23 or equal ignore_index -100, got"):
+            ops.logprob_entropy(part, wrong, **options)
+        with pytest.raises(ValueError, match=r"labels must be in 0 to 23 or equal ignore_index -100, got"):
+            ops.linear_logprob_entropy(hidden, rows, wrong, **options)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        ops.entropy(part, temperature=torch.tensor(-1.0), **options)
+    with pytest.raises(ops.BackendError, match="needs a CUDA tensor"):
+        ops.entropy(part, backend="cuda", **options)
 
 
 def logits_of_several_dimensions(rank, ranks):
@@ -311,6 +344,7 @@ def mistakes(rank, ranks):
 CASES = [
     logits_equal_shards,
     logits_uneven_shards,
+    ranks_without_columns,
     logits_of_several_dimensions,
     one_output,
     hostile_rows,
@@ -363,7 +397,8 @@ def gathered(logits, labels, edges, mask, temperature):
     for start, end in pairwise(edges):
         call = LogitsCall(logits[:, start:end], *options, start, edges[-1])
         running = new_running(call.logits)
-        shard_forward(call, running)
+        if end > start:
+            shard_forward(call, running)
         parts.append(torch.cat((running, torch.tensor([[start, end - start, edges[-1], 0]]).double())))
     return torch.stack(parts), LogitsCall(logits, *options)
 
@@ -382,7 +417,7 @@ def test_any_cut_merges_to_the_whole(data, vocab, seed, order, special):
     logits = torch.where(torch.rand(4, vocab, generator=generator) < 0.3, special, logits)
     labels = torch.randint(vocab, (4,), generator=generator)
     mask, temperature = torch.tensor([True, True, False, True]), torch.tensor([0.3, 1.0, 1.0, 20.0])
-    cuts = data.draw(st.sets(st.integers(1, vocab - 1), max_size=5))
+    cuts = data.draw(st.lists(st.integers(0, vocab), max_size=5))  # equal ones: a rank without columns
     every, call = gathered(logits, labels, [0, *sorted(cuts), vocab], mask, temperature)
     ranks = list(range(len(every)))
     order.shuffle(ranks)  # ranks need not hold the columns in their order

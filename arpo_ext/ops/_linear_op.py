@@ -21,7 +21,7 @@ from arpo_ext.ops._dispatch import Backend, choose
 from arpo_ext.ops._linear_tiles import LinearCall, Upstream, Wanted
 from arpo_ext.ops._logits import LogitsCall, check_temperatures, result_dtype, without_invalid_labels
 from arpo_ext.ops._logits_backends import SHARD_FORWARD
-from arpo_ext.ops._shards import shard_finish
+from arpo_ext.ops._shards import no_columns, shard_finish
 
 
 def _refuse_tiles(name: str, call: LinearCall, *_: object) -> str | None:
@@ -109,6 +109,8 @@ def _run(table: dict[str, Backend], backend: str, call: LinearCall, *args: objec
 def _sums(*args):
     *inputs, backend = args
     call = LinearCall(*inputs)
+    if call.weight.shape[0] == 0:
+        return no_columns(call.rows(call.hidden), backend)
     return _run(_SUMS, backend, call.flat()).view(*call.hidden.shape[:-1], 4)
 
 
@@ -151,6 +153,9 @@ def _empty_gradients(hidden, weight, need_hidden, need_weight, need_bias, in_flo
 def _backward(*args):
     inputs, (stats, *upstream), (*needs, in_float32, backend) = args[:_COUNT], args[_COUNT:-5], args[-5:]
     call = LinearCall(*inputs)
+    if call.weight.shape[0] == 0:
+        gradients = _empty_gradients(call.hidden, call.weight, *needs, in_float32)
+        return gradients[0].zero_(), *gradients[1:]
     flat = Upstream(stats.reshape(3, -1), *(None if t is None else t.reshape(-1) for t in upstream))
     grad_hidden, *others = _run(_BACKWARD, backend, call.flat(), flat, Wanted(*needs))
     found = (None if grad_hidden is None else grad_hidden.view(call.hidden.shape), *others)

@@ -47,11 +47,12 @@ def checked_call(
     mask: Tensor | None,
     name: str = "logits",
     axis: str = "V",
+    least: int = 1,
 ) -> LogitsCall:
-    """`name` and `axis`: what errors call the rows."""
-    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.dtype not in _DTYPES:
+    """`name` and `axis`: what errors call the rows; `least`: how many columns there must be."""
+    if logits.dim() == 0 or logits.shape[-1] < least or logits.dtype not in _DTYPES:
         raise ValueError(
-            f"{name} must be [..., {axis}] with {axis} >= 1 in float32, bfloat16, float16 or float64, "
+            f"{name} must be [..., {axis}] with {axis} >= {least} in float32, bfloat16, float16 or float64, "
             f"got {logits.dtype} of shape {tuple(logits.shape)}"
         )
     rows = logits.shape[:-1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops._logits import LogitsCall, result_dtype
-from arpo_ext.ops._shards import new_running, shard_finish, shard_forward
+from arpo_ext.ops._shards import new_running, no_columns, shard_finish, shard_forward
 from arpo_ext.ops._vocab_parallel import Shard, gather
 
 _CALL = (
@@ -39,6 +39,8 @@ def over_ranks(call: LogitsCall, shard: Shard, inplace_backward: bool, backend: 
 def _sums(*args):
     *inputs, backend = args
     call = LogitsCall(*inputs)
+    if call.logits.shape[-1] == 0:
+        return no_columns(call, backend)
     running = new_running(call.logits)
     shard_forward(call, running, backend)
     return running

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arpo_ext.ops._dispatch import choose
-from arpo_ext.ops._logits import LogitsCall, result_dtype
+from arpo_ext.ops._logits import LogitsCall, check_temperatures, result_dtype, without_invalid_labels
 from arpo_ext.ops._logits_backends import BACKWARD, SHARD_FORWARD
 
 
@@ -31,6 +31,14 @@ def shard_forward(call: LogitsCall, running: Tensor, backend: str = "auto") -> N
     assert (running.shape, running.dtype, running.device) == expected
     assert running.is_contiguous()
     choose("logprob_entropy over shards", SHARD_FORWARD, backend, call).run(call, running)
+
+
+def no_columns(call: LogitsCall, backend: str = "auto") -> Tensor:
+    """`running` of a shard without columns, whose rank must raise what the others do: they wait for it otherwise."""
+    choose("logprob_entropy over shards", SHARD_FORWARD, backend, call._replace(logits=call.logits.new_empty(0, 1)))
+    check_temperatures(call)
+    without_invalid_labels(call, count=False)
+    return new_running(call.logits)
 
 
 def shard_finish(running: Tensor, call: LogitsCall) -> tuple[Tensor | None, Tensor, Tensor]:

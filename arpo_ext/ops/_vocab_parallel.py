@@ -82,12 +82,12 @@ def _merge(sums: Tensor, divisor: Tensor | float) -> Tensor:
 
 
 def _gaps(places: Tensor) -> Tensor:
-    """Whether columns [ranks, 4] (start, count, total, -) leave a column out or hold one twice; 0-d, on the device."""
+    """Whether columns [ranks, 4] (start, count, total, -) leave one out, hold one twice or are none: 0-d."""
     starts, counts, totals, _ = places.t()
-    order = starts.argsort()
+    order = (2 * starts + (counts > 0)).argsort()  # a rank without columns stands before the one that begins there
     ends = (starts + counts)[order]
     wanted = torch.cat((torch.zeros_like(ends[:1]), ends[:-1]))
-    return ((starts[order] != wanted) | (totals != ends[-1])).any()
+    return ((starts[order] != wanted) | (totals != ends[-1])).any() | (ends[-1] == 0)
 
 
 torch.library.define(
@@ -100,7 +100,10 @@ def _merge_shards(every, mask, temperatures, temperature):
     sums, places = every[:, :-1], every[:, -1]
     gaps = _gaps(places)
     if every.device.type == "cpu" and gaps:
-        parts = [f"{int(start)} to {int(start + count - 1)} of {int(total)}" for start, count, total, _ in places]
+        parts = [
+            (f"{start} to {start + count - 1}" if count else "none") + f" of {total}"
+            for start, count, total, _ in places.long().tolist()
+        ]
         raise ValueError(
             f"the ranks' columns must make up the vocabulary, got {', '.join(parts)}; "
             "unequal shards need vocab_start and vocab_total"

@@ -56,7 +56,7 @@ def linear_logprob_entropy(
         Both results are those of the whole vocabulary, on every rank. The gradients that come back into this op must be
         the same on every rank too; the gradient of hidden is summed over the ranks inside.
     vocab_start, vocab_total: with a group whose ranks hold unequal parts, the number of the first column of this one,
-        and of all columns (default: rank * V and ranks * V).
+        and of all columns (default: rank * V and ranks * V). A part may have no column.
     backend: as in `logprob_entropy`: what sums up the tiles. The matrix products are torch's.
 
     Both results: [...], float32 (float64 for float64). NaN, infinities, labels out of range and their errors as in
@@ -70,7 +70,7 @@ def linear_logprob_entropy(
                 "where FSDP has gathered the weights"
             )
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_operands(hidden, weight, bias)
+    _check_operands(hidden, weight, bias, least=1 if group is None else 0)
     refuse_forward_mode("linear_logprob_entropy", hidden, weight, bias)
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap must be positive, in 1e-30 to 1e30, or None, got {softcap}")
@@ -105,10 +105,10 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return cast[0], cast[1], cast[2]
 
 
-def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[0] == 0 or hidden.shape[-1:] != weight.shape[1:]:
+def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, least: int) -> None:
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[0] < least or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
-            "hidden must be [..., D] and weight [V, D] with V >= 1, "
+            f"hidden must be [..., D] and weight [V, D] with V >= {least}, "
             f"got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -56,7 +56,7 @@ def logprob_entropy(
         columns, labels count over all of them, and labels, temperature and mask are the same on every rank. Both
         results are those of the whole rows, on every rank; the gradients that come back must be the same too.
     vocab_start, vocab_total: with a group whose ranks hold unequal parts, the number of the first column of this one,
-        and of all columns (default: rank * V and ranks * V).
+        and of all columns (default: rank * V and ranks * V). A part may have no column.
     backend: "auto", "cpu", "cuda", "triton", "reference", or one instruction set: "cpu-avx512", "cpu-avx2",
         "cpu-portable".
 
@@ -65,7 +65,7 @@ def logprob_entropy(
     ValueError: shapes, dtypes, temperatures or, on the CPU, labels out of range; on the GPU those count as ignored and
     `invalid_labels` tells how many there were. BackendError: the backend cannot serve the call.
     """
-    call = checked_call(logits, labels, temperature, ignore_index, mask)
+    call = checked_call(logits, labels, temperature, ignore_index, mask, least=1 if group is None else 0)
     refuse_forward_mode("logprob_entropy", logits)
     if inplace_backward:
         _check_inplace(logits)
@@ -223,6 +223,8 @@ def _backward(*args):
     inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
     call = _shard_call(inputs, *shard)
     out = empty_result(call.logits.shape, call.logits)
+    if call.logits.numel() == 0:
+        return out
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, out)
     return out
 
@@ -236,6 +238,8 @@ def _backward_fake(logits, *_):
 def _backward_inplace(*args):
     inputs, (stats, grad_logprob, grad_entropy, backend, *shard) = args[:6], args[6:]
     call = _shard_call(inputs, *shard)
+    if call.logits.numel() == 0:
+        return
     choose("logprob_entropy", BACKWARD, backend, call).run(call, stats, grad_logprob, grad_entropy, call.logits)
     # Native code writes behind torch's back; this is what makes other users of the logits raise.
     torch.autograd.graph.increment_version(call.logits)
