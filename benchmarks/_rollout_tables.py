@@ -31,6 +31,13 @@ def makespan(run: Row) -> str:
         again |= {"bound_s": result["bound_s"], "of_bound": again["collector_s"] / result["bound_s"]}
         lines.append(_makespan_row("the same trace, simulated at the speeds of that run", again))
         lines += ["", *_engines(schedulers)]
+    if "recorded" in run:
+        calls = run["recorded"]
+        lines += [
+            "",
+            f"Recorded: {calls['calls']:,} calls; {1e3 * calls['p50_s']:.1f} ms at the median, "
+            f"{calls['p99_s']:.2f} s at the 99th percentile, at most {calls['max_s']:.2f} s.",
+        ]
     return "\n".join(lines)
 
 
