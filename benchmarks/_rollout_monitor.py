@@ -11,7 +11,6 @@ itself; in the way without entropies it is loaded and finds nothing to do.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import tempfile
 import time
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from arpo_ext.config import EngineConfig
 
 from ._rollout_real import save_tiny_model
 
@@ -57,36 +58,17 @@ class Measured:
 
 @contextmanager
 def engine(shape: Shape) -> Iterator[Any]:
-    """vLLM in this process, with our processor, as `VllmSampler` starts it."""
-    # Our sampler first: it sets what vLLM reads while it is imported.
-    importlib.import_module("arpo_ext.rollout.vllm_sampler")
-    from vllm import LLM
-
-    from arpo_ext.rollout.vllm_entropy import COLUMNS, ENTROPY_PROCESSOR
+    """An `Engine` in this process, where its clock sees all work, one step at a time."""
+    from arpo_ext.rollout.vllm_engine import Engine
 
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_model(Path(folder), vocab=shape.vocab, max_tokens=shape.max_tokens)
-        llm = LLM(
-            folder,
-            dtype="float32",
-            max_model_len=shape.max_tokens,
-            max_num_seqs=shape.sequences,
-            block_size=BLOCK,
-            kv_cache_memory_bytes=1 << 30,
-            enforce_eager=True,
-            enable_prefix_caching=True,
-            # On a CPU a seeded request may not be cut: RuntimeError: CPU Generator does not use offset (vLLM 0.32).
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(4096, shape.max_tokens),
-            logprobs_mode="processed_logprobs",
-            logits_processors=[ENTROPY_PROCESSOR],
-            additional_config={COLUMNS: shape.tokens},
-            use_tqdm_on_load=False,
-        )
+        config = EngineConfig(max_model_len=shape.max_tokens, max_num_seqs=shape.sequences, block_size=BLOCK)
+        core = Engine(folder, config, columns=shape.tokens, seed=0, deterministic=True)
         try:
-            yield llm.llm_engine
+            yield core
         finally:
-            llm.llm_engine.engine_core.shutdown()
+            core.close()
 
 
 def measure(core: Any, shape: Shape, rounds: int) -> dict[tuple[str, bool], Measured]:
@@ -95,7 +77,7 @@ def measure(core: Any, shape: Shape, rounds: int) -> dict[tuple[str, bool], Meas
     measured = {way: Measured() for way in ways}
     for number in range(rounds + 1):
         for way in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
-            assert core.reset_prefix_cache()
+            core.reset_prefix_cache()
             result = _play(core, shape, *way, seed=number)
             if number:  # the first round warms up
                 measured[way].step_s += result.step_s
@@ -113,9 +95,10 @@ def _play(core: Any, shape: Shape, monitor: str, cache: bool, seed: int) -> Meas
             if turn:
                 context += [1] * shape.result
             params = _params(shape, monitor, cache, row=sequence, seed=seed * shape.sequences + sequence)
-            core.add_request(str(sequence), {"prompt_token_ids": context}, params)
+            core.add(str(sequence), context, params)
         begun: set[str] = set()
-        while core.has_unfinished_requests():
+        running = shape.sequences
+        while running:
             before = time.process_time()
             outputs = core.step()
             seconds = time.process_time() - before
@@ -124,6 +107,7 @@ def _play(core: Any, shape: Shape, monitor: str, cache: bool, seed: int) -> Meas
             result.computed[0] += sum(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in new)
             if len(outputs) == shape.sequences and not new:
                 result.step_s.append(seconds)
+            running -= sum(output.finished for output in outputs)
             for output in outputs:
                 contexts[int(output.request_id)] += output.outputs[0].token_ids
     result.run_s.append(time.process_time() - started)
