@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sampling import BIAS, TEMPERATURE, AnsweringTools, measure, random_model, run, sample_request, talking_model
+from vllm_modes import asynchronous_and_chunked
 
 from arpo_ext.config import EngineConfig, RolloutConfig
 from arpo_ext.errors import EngineError, SamplerError
@@ -16,7 +17,7 @@ from arpo_ext.rollout import collect
 from arpo_ext.types import Prompt
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
 ENGINE = EngineConfig(max_model_len=128, max_num_seqs=24, threads=1)
 ROLLOUT = RolloutConfig(
@@ -136,26 +137,9 @@ def test_a_push_leaves_no_file_behind(stepped, talker):
     assert {entry for entry in os.listdir("/dev/shm") if entry.startswith("arpo_weights_")} == before
 
 
-def _keep_asynchronous_scheduling(monkeypatch):
-    """vLLM turns it off on a CPU, where nothing is gained; the order of what happens is the same as on a GPU."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def check_but_for_scheduling(cls, config):
-        check(cls, config)
-        config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_but_for_scheduling))
-
-
 @pytest.fixture(scope="module")
 def free(start):
-    from arpo_ext.rollout import vllm_engine
-
-    with pytest.MonkeyPatch.context() as patch:
-        _keep_asynchronous_scheduling(patch)
-        patch.setitem(vllm_engine.CPU_OPTIONS, "enable_chunked_prefill", True)
+    with asynchronous_and_chunked():
         sampler = start(deterministic=False, own_process=True, max_num_batched_tokens=32)
     scheduler = sampler._engine.vllm_config.scheduler_config
     assert scheduler.async_scheduling

@@ -27,6 +27,8 @@ class EntropyLog:
         self._buffer = torch.full((rows + 1, columns), float("nan"), dtype=torch.float32, device=device)
         self._flat = self._buffer.view(-1)
         self.discard = rows * columns
+        # By batch size: where the op writes, so that a token allocates nothing.
+        self._results: dict[int, torch.Tensor] = {}
 
     def record(
         self,
@@ -40,10 +42,17 @@ class EntropyLog:
         logits: [B, V], -inf where a token is not allowed. cells: [B] int64 on the same device. temperature: a number
         or [B] float32 on the same device. mask: [B] bool, rows that are not read (their cell: `discard`).
         """
-        entropy = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        batch = logits.shape[0]
+        entropy = self._results.get(batch)
+        if entropy is None:
+            entropy = self._results[batch] = torch.empty(batch, dtype=torch.float32, device=logits.device)
         # Once a token: torch's dispatcher alone would cost more than a small row does.
         ops.logprob_entropy_into(logits, entropy=entropy, temperature=temperature, mask=mask)
         self._flat.scatter_(0, cells, entropy)
+
+    def clear(self, row: int) -> None:
+        """Forget what is in a row: NaN."""
+        self._buffer[row].fill_(float("nan"))
 
     def read(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[float]]:
         """The first counts[i] entropies of each rows[i]: one copy to the host for all of them."""

@@ -23,6 +23,8 @@ from arpo_ext.config import EngineConfig
 from arpo_ext.errors import EngineError, SamplerError
 
 # Read while vLLM is imported; what the user has set stays.
+# An engine that somebody starts beside ours, as benchmarks do, runs in this process too.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams, envs

@@ -174,6 +174,9 @@ class EntropyProcessor(*_BASES):
         return args[_ROW], min(args[LIMIT], self.log.columns), params.temperature or 1.0
 
     def _send(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        if self._device.type == "cpu":
+            # Pinning and moving cost a CPU half of what this processor may.
+            return torch.tensor(values, dtype=dtype)
         return torch.tensor(values, dtype=dtype, pin_memory=self._pin).to(self._device, non_blocking=True)
 
 

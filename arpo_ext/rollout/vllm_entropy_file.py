@@ -73,6 +73,9 @@ class EntropyFile:
         request.slot, request.output = slot, output
         if request.row is None:
             request.row = self._free.pop()
+            if request.before:
+                # What an earlier request left there would pass for this one's.
+                self._log.clear(request.row)
         return request.row, request.limit, request.temperature
 
     def schedule(self, step: Any) -> None:
