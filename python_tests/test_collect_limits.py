@@ -23,7 +23,7 @@ from scripted import (
     without_times,
 )
 
-from arpo_ext.config import RolloutConfig
+from arpo_ext.config import ReferenceConfig, RolloutConfig
 from arpo_ext.errors import CollectError
 from arpo_ext.render import Renderer
 from arpo_ext.rollout import Completion, collect
@@ -126,6 +126,19 @@ def test_calls_beyond_the_limit_wait_in_the_order_of_the_calls(renderer, determi
     assert all(abs(int(text) - place) <= 1 for place, text in enumerate(order))
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_answer_that_is_there_at_once_leaves_its_place_to_the_next_call(renderer, deterministic):
+    class AtOnce(Pool):
+        def wait(self, futures, timeout_s=None):
+            raise AssertionError("nothing is under way")
+
+    config = rollout_config(policy="chain", max_open_calls=1, deterministic=deterministic)
+    sampler = ScriptedSampler(renderer, one_call)
+    collect(PROMPTS, sampler=sampler, tools=AtOnce(), renderer=renderer, config=config, seed=5)
+    # Three steps for all calls together, four for all answers.
+    assert sampler.steps == 7
+
+
 @pytest.mark.parametrize("policy", ["chain", "random", "paper", "at2po", "appo"])
 @pytest.mark.parametrize("tokens", [8, 9, 40, 300])
 def test_a_tree_never_holds_more_tokens_than_it_may(renderer, policy, tokens):
@@ -220,6 +233,40 @@ def test_every_policy_survives_paths_that_are_cut_before_they_say_anything(rende
     collected = collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
     check_trees(collected.trees, config)
     assert _ends(collected) == {StopReason.TIMEOUT: 24}
+
+
+def test_a_path_that_is_cut_before_it_was_decided_forks_nothing(renderer, clock):
+    # It asks as soon as it is told that the limit is reached, and is late by then.
+    sampler = ScriptedSampler(renderer, lambda request: ("<search>mass</search>", None))
+    sampler.before_step = lambda: clock.advance(0.01)
+    config = rollout_config(
+        policy="reference",
+        reference=ReferenceConfig(top_logprobs_sum=False),
+        base=1.0,
+        initial_paths=1,
+        max_tool_calls=0,
+        path_timeout_s=0.025,
+    )
+    collected = collect(PROMPTS, sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
+    check_trees(collected.trees, config)
+    assert collected.metrics["rollout/forks"] == 0
+    assert collected.metrics["rollout/tool_calls_refused"] == 24
+    assert _ends(collected) == {StopReason.TIMEOUT: 24}
+
+
+def test_a_sibling_has_a_clock_of_its_own(renderer, clock):
+    def script(request):
+        if not turns_read(request):
+            return "<search>mass</search>", [0.1]
+        return ("xxxx" if request.id == 1 else "x" * 20) + "<eos>", [0.9]
+
+    sampler = ScriptedSampler(renderer, script)
+    sampler.before_step = lambda: clock.advance(0.01)
+    config = rollout_config(paths=2, initial_paths=1, path_timeout_s=0.225)
+    collected = collect(PROMPTS[:1], sampler=sampler, tools=Pool(), renderer=renderer, config=config, seed=0)
+    # Forked in the seventh step, and 21 steps long.
+    assert (sampler.steps, collected.metrics["rollout/forks"]) == (28, 1)
+    assert _ends(collected) == {StopReason.EOS: 2}
 
 
 def test_siblings_of_a_turn_that_was_cut_stay_accounted_for(renderer, clock):
