@@ -1,9 +1,9 @@
 """What it costs to know entropies while vLLM decodes: none, ours, and `logprobs=10`; with and without prefix cache.
 
 One engine and one rollout for all: sequences that sample, read a result, sample on. Every request can be told to be
-measured or not, to report ten logprobs or not, and to read the prefix cache or not, so all six ways take turns, step by
-step on the same weights and memory. What is compared are steps that decode a token of every sequence, on the clock of
-the process; and the seconds and prompt tokens of whole rollouts, where the prefix cache shows.
+measured or not, to report ten logprobs or not, and to read the prefix cache or not, so all six ways take turns,
+rollout by rollout, on the same weights and memory. What is compared are steps that decode a token of every sequence,
+on the clock of the process; and the seconds and prompt tokens of whole rollouts, where the prefix cache shows.
 
 Every way asks for the sampled token's own logprob, which a trainer needs. Left out: the processor's part of a step by
 itself; in the way without entropies it is loaded and finds nothing to do.
