@@ -11,7 +11,7 @@ import pytest
 
 from arpo_ext.config import BrowserToolConfig, ToolsConfig
 from arpo_ext.errors import ToolError, TransientToolError
-from arpo_ext.tools import open_pool, web_page
+from arpo_ext.tools import open_pool, page_text, web_page
 from arpo_ext.tools.browser import BrowserTool
 from arpo_ext.tools.page_text import windows
 from arpo_ext.tools.web_page import PageError, fetch, is_public
@@ -386,3 +386,18 @@ def test_a_server_that_drips_its_headers_is_given_up_in_time():
 def test_a_charset_that_is_none_is_read_as_utf_8(charset):
     with Site({"/t": (200, {"Content-Type": f"text/plain; charset={charset}"}, "caf\u00e9".encode())}) as site:
         assert tool().run(f"{site.url}/t").text == "caf\u00e9"
+
+
+def test_a_query_of_very_many_words_takes_no_time():
+    text = "alpha beta " * 50_000
+    start = time.process_time()
+    windows(text, " ".join(f"word{i}" for i in range(5000)), window_chars=1000, max_chars=6000)
+    assert time.process_time() - start < 2
+
+
+def test_of_a_long_page_the_beginning_is_read(monkeypatch):
+    monkeypatch.setattr(page_text, "_HTML_BYTES", 5000)
+    body = b"<html><body><article><p>The first words of it.</p>" + b"<p>and many more words</p>" * 500
+    text = page_text.extract_text(web_page.Page("http://x/", body, "text/html", None))
+    assert "The first words" in text
+    assert len(text) < 5000
