@@ -232,3 +232,21 @@ def test_half_an_index_is_built_again(tmp_path, world):
     started(world, index=index)
     (index / "arpo_ext_index.json").write_text("{")
     assert started(world, index=index, top_k=1).run("mass of tasmo").text == "tasmo : mass 33 , age 63"
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "document_offsets.npy", "title_hashes.npy", "data.csc.index.npy"])
+@pytest.mark.parametrize("length", [0, 10, None])
+def test_an_index_that_a_crash_cut_off_is_built_again(tmp_path, world, name, length):
+    index = tmp_path / "index"
+    started(world, index=index)
+    content = (index / name).read_bytes()
+    (index / name).unlink() if length is None else (index / name).write_bytes(content[:length])
+    assert started(world, index=index, top_k=1).run("mass of tasmo").text == "tasmo : mass 33 , age 63"
+    assert (index / name).read_bytes() == content
+
+
+def test_several_processes_may_build_one_index(tmp_path, world):
+    with ThreadPoolExecutor(6) as threads:
+        tools = list(threads.map(lambda _: started(world, index=tmp_path / "index", top_k=1), range(6)))
+    assert {tool.run("mass of tasmo").text for tool in tools} == {"tasmo : mass 33 , age 63"}
+    assert not list(tmp_path.glob(".index.*"))

@@ -191,10 +191,16 @@ def _state_of(path: Path) -> str:
 
 
 def _is_ready(folder: Path, identity: str) -> bool:
+    """Whether the folder holds the index of this corpus, whole: a machine that went down may leave files cut off."""
     try:
-        return json.loads((folder / _READY).read_text(encoding="utf-8")) == {"identity": identity}
+        return json.loads((folder / _READY).read_text(encoding="utf-8")) == _contents(folder, identity)
     except (OSError, ValueError):
         return False
+
+
+def _contents(folder: Path, identity: str) -> dict[str, Any]:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _READY}
+    return {"identity": identity, "files": files}
 
 
 def _write_index(folder: Path, corpus: Path, identity: str) -> None:
@@ -214,7 +220,9 @@ def _write_index(folder: Path, corpus: Path, identity: str) -> None:
             _MappedDocuments.write(made, documents)
             np.save(made / "title_hashes.npy", titles.hashes)
             np.save(made / "title_numbers.npy", titles.numbers)
-            (made / _READY).write_text(json.dumps({"identity": identity}), encoding="utf-8")
+            (made / _READY).write_text(json.dumps(_contents(made, identity)), encoding="utf-8")
+            if _is_ready(folder, identity):
+                return  # another process was faster
             if folder.exists():
                 # Who has the old one mapped keeps it: the files live as long as they are open.
                 os.replace(folder, Path(scratch) / "old")
