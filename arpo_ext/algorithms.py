@@ -104,8 +104,8 @@ def dapo() -> Preset:
 def reinforce_pp() -> Preset:
     """REINFORCE++, arXiv 2501.03262: A = (r - mean) / std over all tokens of the step, no baseline by prompt.
 
-    PPO's clip, mean over tokens. The paper's KL penalty in the reward, coefficient 0 here, becomes a term of the loss
-    with the same gradient on fresh samples: `train.kl_coef` with k2.
+    PPO's clip, mean over tokens. The paper's KL penalty in the reward, coefficient 0 here, is a term of the loss
+    instead, `train.kl_coef` with k2; on fresh samples and before A is normalised their gradients are the same.
     """
     return _preset("chain", estimator="none", whiten=True, loss_scale="token_mean", kl="k2")
 
