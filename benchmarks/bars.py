@@ -60,7 +60,17 @@ _LINEAR_PEERS = ("TRL chunked", "verl FusedLinearForPPO", "Liger fallback")
 _LINEAR_PASSES = ({**_LINEAR, "pass": "forward"}, {**_LINEAR, "pass": "forward+backward"})
 
 CPU_BARS = (
-    Bar("`logprob_entropy` forward, float32: torch.compile", _FORWARD, "times_ours", "torch.compile", 10, unit="x"),
+    *(
+        Bar(
+            f"`logprob_entropy` forward of {case['N']} rows, float32: torch.compile",
+            (case,),
+            "times_ours",
+            "torch.compile",
+            10,
+            unit="x",
+        )
+        for case in _FORWARD
+    ),
     Bar("the same: TRL eager", _FORWARD, "times_ours", "TRL eager", 20, unit="x"),
     Bar("the same: verl eager", _FORWARD, "times_ours", "verl eager", 20, unit="x"),
     Bar("the same: share of the read bandwidth", _FORWARD, "share_of_limit", least=0.5, unit="%"),
