@@ -224,7 +224,7 @@ def test_every_tree_completes_whatever_breaks(sampler, renderer, tmp_path, monke
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     check_complete(collected.trees)
     check_counts(collected, stats, rows)
-    check_results(collected.trees)
+    check_results(collected.trees, rows)
     reasons = Counter(reason(row) for row in rows if not row["cached"])
     assert {"answer", "raised", "failed", "hung", "python raised", "python hung"} <= set(reasons), reasons
     assert sum(s.retries for s in stats.values()) >= 1
@@ -260,14 +260,13 @@ def check_counts(collected, stats, rows):
     assert sum(s.cached for s in stats.values()) == sum(row["cached"] for row in rows)
 
 
-def check_results(trees):
-    """What a good call answered is in the tree, whole; what a failed one answered says why."""
-    for tree in trees:
-        for segment in tree.segments:
-            if segment.tool is None:
-                continue
-            said = segment.tool.text
-            assert len(said) > len("<result></result>") or segment.tool.ok
+def check_results(trees, rows):
+    """What good calls answered is in the trees, no more and no less; what a failed one answered says why."""
+    results = [segment.tool for tree in trees for segment in tree.segments if segment.tool is not None]
+    assert Counter(r.text for r in results if r.ok) == Counter(
+        f"<result>{r['result']}</result>" for r in rows if r["ok"]
+    )
+    assert all(len(r.text) > len("<result></result>") for r in results)
 
 
 def reason(row):
