@@ -235,6 +235,20 @@ def test_a_memory_bomb_is_an_error_of_its_own(hasty_tool):
     assert hasty_tool.run("len(bytearray(64 << 20))").ok
 
 
+def test_the_memory_of_all_processes_is_bounded(tool):
+    code = """\
+        import os, time
+        for _ in range(4):
+            if os.fork() == 0:
+                break
+        kept = [b"x" * (16 << 20) for _ in range(22)]
+        time.sleep(60)
+        """
+    result = run(tool, code)
+    assert result.text == "MemoryError: stopped, its processes together held too much memory"
+    assert run(tool, code.replace("range(4)", "range(1)").replace("sleep(60)", "sleep(0.3)")).ok
+
+
 def test_files_are_limited(tool):
     assert "OSError" in run(tool, "with open('big', 'wb') as f:\n    f.write(bytes(17 << 20))").text
     code = "for i in range(9):\n    with open(str(i), 'wb') as f:\n        f.write(bytes(8 << 20))"
