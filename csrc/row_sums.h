@@ -126,7 +126,9 @@ std::int64_t first_equal(const T* x, std::int64_t steps, float value) {
 template <bool kHoldsMax, bool kStats, class T>
 void add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, RowSums& row) {
     const F32x16 maximum = F32x16::set(row.max);
-    F32x16 s0 = F32x16::set(0), s1 = s0, a0 = s0, a1 = s0, q0 = s0, q1 = s0;
+    // Nothing beside the rounding of the logits themselves, if these have two bytes.
+    const auto exponential = [&](F32x16 d) { return sizeof(T) == 2 ? exp.rough(d) : exp(d); };
+    F32x16 s = F32x16::set(0), a = s, q = s;  // more would not fit into AVX2's registers
     std::int64_t others = 0;
     for (std::int64_t i = 0; i < steps; ++i) {
         for (std::size_t byte = 0; byte < kStep * sizeof(T); byte += 64) {
@@ -135,32 +137,43 @@ void add_block(const T* x, std::int64_t steps, const T* next, const Exp& exp, Ro
         F32x16 x0, x1;
         load2(x + i * kStep, x0, x1);
         const F32x16 d0 = exp.clamp(x0 - maximum), d1 = exp.clamp(x1 - maximum);
-        F32x16 e0 = exp(d0), e1 = exp(d1);
+        F32x16 e0 = exponential(d0), e1 = exponential(d1);
         if (kHoldsMax) {
             const Mask16 other0 = not_equal(x0, maximum), other1 = not_equal(x1, maximum);
             others += count(other0) + count(other1);
             e0 = keep(other0, e0);
             e1 = keep(other1, e1);
         }
-        s0 = s0 + e0;
-        s1 = s1 + e1;
-        a0 = fma(d0, e0, a0);
-        a1 = fma(d1, e1, a1);
-        if (kStats) {
-            q0 = fma(e0, e0, q0);
-            q1 = fma(e1, e1, q1);
-        }
+        s = s + (e0 + e1);
+        a = fma(d1, e1, fma(d0, e0, a));
+        if (kStats) q = fma(e1, e1, fma(e0, e0, q));
     }
     const double ties = kHoldsMax ? static_cast<double>(steps * kStep - others - 1) : 0;
-    row.s += static_cast<double>(sum(s0)) + sum(s1) + ties;
-    row.a += static_cast<double>(sum(a0)) + sum(a1);
-    if (kStats) row.q += static_cast<double>(sum(q0)) + sum(q1) + ties;
+    row.s += sum(s) + ties;
+    row.a += sum(a);
+    if (kStats) row.q += sum(q) + ties;
+}
+
+// Whether no element is above `maximum`; may say no where that is so. Positive floats are in the order of their bits,
+// and a negative number is below them as a float and as bits.
+bool none_above(const float*, std::int64_t, float) { return false; }
+template <class T>
+bool none_above(const T* x, std::int64_t steps, float maximum) {
+    if (!(maximum >= 0)) return false;
+    std::int16_t bits = 0;
+    for (std::int64_t i = 0; i < steps * kStep; ++i) {
+        const std::int16_t other = static_cast<std::int16_t>(x[i].bits);
+        bits = other > bits ? other : bits;
+    }
+    const T largest = {static_cast<std::uint16_t>(bits)};
+    return element(&largest) <= maximum;
 }
 
 // `column` is that of x[0].
 template <bool kStats, class T>
 void add(const T* x, std::int64_t steps, const T* next, std::int64_t column, const Exp& exp, double temperature,
          RowSums& row) {
+    if (none_above(x, steps, row.max)) return add_block<false, kStats>(x, steps, next, exp, row);
     const float maximum = block_max(x, steps);
     if (!(maximum < kInfinity)) row.invalid = true;
     if (maximum == -kInfinity && row.max == -kInfinity) {

@@ -44,6 +44,44 @@ def test_the_exponential_keeps_the_error_bound_it_states(backend, temperature):
     assert ((running[:, 1] - exact).abs() / exact).max() < 1.35e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+def test_the_exponential_of_two_byte_logits_keeps_its_error_bound(backend, dtype):
+    d = (torch.rand(20_000, generator=torch.Generator().manual_seed(1)) * 80).to(dtype)
+    logits = torch.stack((torch.zeros_like(d), -d), -1)
+    running = new_running(logits)
+    shard_forward(LogitsCall(logits, None, None, None, 0.7, -100), running, backend)
+    z = -d.double() / 0.7
+    exact = z.exp().where(z > -87, 1)
+    error = (running[:, 1] / exact - 1).abs().where(z > -87, 0)
+    assert (error <= 1.35e-7 + 2 * z.abs() * 2**-24).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", INSTRUCTION_SETS)
+@pytest.mark.parametrize("largest", [0.0, 2.0, -2.0])
+def test_a_later_block_may_hold_anything(backend, dtype, largest):
+    """Blocks are of 4,096 elements; that nothing in one is above the row's maximum is told from the bits."""
+    base = largest - 1 - random_logits(1, 9000).abs()
+    base[0, 3] = largest
+    nan, negative_nan = torch.tensor([0x7FC0, -64], dtype=torch.int16).view(torch.bfloat16).float().tolist()
+    for later in (nan, -nan, negative_nan, INF, -INF, largest, largest + 0.5, 3.0, 0.0, -0.0):
+        for column in (4096, 5000, 8999):
+            logits = base.clone()
+            logits[0, column] = later
+            logits = logits.to(dtype)
+            logprob, entropy = ops.logprob_entropy(logits, torch.tensor([column]), backend=backend)
+            exact = logits.double().log_softmax(-1)
+            if not abs(later) < INF and later != -INF:
+                assert entropy.isnan()
+                continue
+            p = exact.exp()
+            torch.testing.assert_close(
+                entropy.double(), -torch.where(p > 0, p * exact, p).sum(-1), rtol=1e-6, atol=1e-6
+            )
+            torch.testing.assert_close(logprob.double(), exact[:, column], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", INSTRUCTION_SETS)
 def test_the_exponential_fades_to_zero_and_never_below(backend):
     d = torch.linspace(87.3, 88.3, 1001)
