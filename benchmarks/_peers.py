@@ -6,6 +6,7 @@ tensors [B, T]. The callables are the packages' own; adapters only order argumen
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -48,11 +49,17 @@ def trl_triton() -> LogprobEntropy:
 
 
 @cache
-def trl_linear() -> LinearLogprobEntropy:
-    """`ChunkedLogProbFunction`, asked for the logprob and the entropy."""
-    chunked = module("trl", "kernels.chunked_logprob").ChunkedLogProbFunction
+def _trl_chunked() -> types.ModuleType:
+    """trl/kernels/chunked_logprob.py, whose backward imports one function of the trainers."""
     gather = "maybe_gather_lm_head_ctx"
     place_module("trl", "trainer.utils", functions(folder("trl") / "trainer" / "utils.py", [gather]))
+    return module("trl", "kernels.chunked_logprob")
+
+
+@cache
+def trl_linear() -> LinearLogprobEntropy:
+    """`ChunkedLogProbFunction`, asked for the logprob and the entropy."""
+    chunked = _trl_chunked().ChunkedLogProbFunction
 
     def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return chunked.apply(hidden, weight, None, labels, 1.0, _TRL_VOCAB_CHUNK, None, 1.0, ("entropy",))[:2]
@@ -66,6 +73,24 @@ def _trl_compute_loss() -> Callable[..., Tensor]:
     utils = functions(folder("trl") / "trainer" / "utils.py", ["nanmin", "nanmax"])
     name = "GRPOTrainer._compute_loss"
     return functions(folder("trl") / "trainer" / "grpo_trainer.py", [name], utils)[name]
+
+
+def _trl_trainer(dual_clip: float | None, **settings: Any) -> types.SimpleNamespace:
+    """What `_compute_loss` and what it calls read of their trainer, in one process."""
+    alone = types.SimpleNamespace(
+        num_processes=1,
+        gather=lambda value: value,
+        reduce=lambda value, reduction: value,
+        sync_gradients=True,
+        autocast=contextlib.nullcontext,
+    )
+    fixed = {
+        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "use_vllm": False,
+        "current_gradient_accumulation_steps": 1, "_entropy_bonus_enabled": False,
+        "accelerator": alone, "model": types.SimpleNamespace(training=True), "_metrics": {"train": defaultdict(list)},
+        "args": types.SimpleNamespace(delta=dual_clip, steps_per_generation=1, use_bias_correction_kl=False),
+    }  # fmt: skip
+    return types.SimpleNamespace(**fixed, **settings)
 
 
 def trl_policy_loss(
@@ -85,17 +110,8 @@ def trl_policy_loss(
     divides by. beta: the KL coefficient.
     """
     compute = _trl_compute_loss()
-    alone = types.SimpleNamespace(
-        num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value, sync_gradients=True
-    )
-    settings = {
-        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": beta,
-        "importance_sampling_level": level, "loss_type": loss_type, "epsilon_low": clip_low, "epsilon_high": clip_high,
-        "use_vllm": False, "current_gradient_accumulation_steps": 1, "_entropy_bonus_enabled": False,
-        "accelerator": alone, "model": types.SimpleNamespace(training=True),
-        "max_completion_length": length,
-        "args": types.SimpleNamespace(delta=dual_clip, steps_per_generation=1, use_bias_correction_kl=False),
-    }  # fmt: skip
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": length}
+    settings |= {"epsilon_low": clip_low, "epsilon_high": clip_high, "beta": beta}
 
     def call(
         logprob: Tensor,
@@ -105,11 +121,8 @@ def trl_policy_loss(
         entropy: Tensor,
         ref_logprob: Tensor | None = None,
     ) -> Tensor:
-        trainer = types.SimpleNamespace(
-            **settings,
-            _metrics={"train": defaultdict(list)},
-            _get_per_token_logps_and_entropies=lambda *_, **__: (logprob, entropy, None),
-        )
+        trainer = _trl_trainer(dual_clip, **settings)
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprob, entropy, None)
         nothing = mask[:, :0]
         inputs = {
             "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask, "completion_mask": mask,
@@ -119,6 +132,25 @@ def trl_policy_loss(
         return compute(trainer, None, inputs)
 
     return call
+
+
+def trl_model_loss(model: Any, clip_low: float, clip_high: float) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """A batch of rows -> loss of TRL's GRPO step ("dapo" token mean, one process) on a transformers model.
+
+    `add_fused_lm_head` is put on the model, which goes on serving other callers; then come the trainer's
+    `_get_per_token_logps_and_entropies` and `_compute_loss`, on a stand-in that holds the settings. The batch is that
+    of `_compute_loss`, "num_items_in_batch" included.
+    """
+    chunked = _trl_chunked()
+    given = {"_ChunkedLogProbFunction": chunked.ChunkedLogProbFunction, "_use_triton": chunked._use_triton}
+    head = "add_fused_lm_head"
+    functions(folder("trl") / "trainer" / "utils.py", [head], given)[head](model, 1.0, outputs=("log_probs", "entropy"))
+    name, undecorated = "GRPOTrainer._get_per_token_logps_and_entropies", {"profiling_decorator": lambda method: method}
+    read = functions(folder("trl") / "trainer" / "grpo_trainer.py", [name], undecorated)[name]
+    settings = {"loss_type": "dapo", "importance_sampling_level": "token", "beta": 0.0}
+    trainer = _trl_trainer(None, **settings, epsilon_low=clip_low, epsilon_high=clip_high)
+    trainer._get_per_token_logps_and_entropies = types.MethodType(read, trainer)
+    return lambda batch: _trl_compute_loss()(trainer, model, batch)
 
 
 @cache

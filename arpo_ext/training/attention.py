@@ -225,6 +225,9 @@ def attention_forward(
     if dropout == 0 and kind == "cpu" and query.shape[-1] == value.shape[-1]:
         if torch.is_autocast_enabled(kind):
             query, key, value = (operand.to(torch.get_autocast_dtype(kind)) for operand in (query, key, value))
+        if len(tree.blocks) == 1:
+            mask = tree.bias(tree.blocks[0], query.dtype)
+            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling)
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
         return _BlockAttention.apply(query, key, value, tree, scaling).transpose(1, 2), None
