@@ -1,6 +1,6 @@
 """What one policy update costs: packed trees, flat rows, a plain torch step and TRL's loss path, on the same trees.
 
-    python -m benchmarks.bench_train_step [--models 10M,50M] [--rounds 5] [--json FILE]
+    python -m benchmarks.bench_train_step [--models 10M,50M] [--shapes all] [--rounds 5] [--json FILE]
 
 A step is everything between credited trees and new weights: micro-batches, forward, statistics, loss, backward,
 clipping, AdamW. The plain step is that of a transformers model with all its logits and torch's own functions; TRL's is
@@ -106,7 +106,7 @@ class Step:
         from arpo_ext.config import TrainConfig
         from arpo_ext.training.advantages import credit_trees
         from arpo_ext.training.batch import tree_rows
-        from arpo_ext.training.step import prepare
+        from arpo_ext.training.prepare import prepare
 
         self.config = TrainConfig(lr=1e-12, importance_cap=1e6, grad_clip=1e6)
         model = SIZES[case.model].model()
@@ -270,13 +270,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train_step", description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="10M,50M", help=f"of {', '.join(SIZES)} (default 10M,50M)")
     shapes = [*SHAPES, *SMALL]
-    parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(shapes)} (default the first three)")
+    parser.add_argument(
+        "--shapes", default=",".join(SHAPES), help=f"of {', '.join(shapes)}, or all (default the first three)"
+    )
     parser.add_argument("--providers", default="rows,tree,torch,TRL", help="rows and tree are always run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="default 1: more spend CPU time on waiting")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args(argv)
+    arguments.shapes = ",".join(shapes) if arguments.shapes == "all" else arguments.shapes
     chosen = {name: arguments.__dict__[name].split(",") for name in ("models", "shapes", "providers")}
     for name, known in (("models", SIZES), ("shapes", shapes), ("providers", ("rows", "tree", "torch", "TRL"))):
         if unknown := set(chosen[name]) - set(known):

@@ -150,6 +150,29 @@ def algorithms_table(run: Row) -> str:
     return "\n".join(lines)
 
 
+def train_step_table(run: Row) -> str:
+    """Our flat step in seconds, everything else as a multiple of it, and memory."""
+    lines = [
+        "| model, trees | distinct / all tokens | rows, s | packed | at most | torch | TRL | MiB: packed, rows, both |",
+        "|" + "---|" * 8,
+    ]
+    for case in cases_of([{"op": "", **row} for row in run["rows"]]).values():
+        rows, tree = case["rows"], case["tree"]
+        of_rows = {name: f"{row['of_rows']:.2f}" if "of_rows" in row else "not run" for name, row in case.items()}
+        packed = of_rows["tree"] + ("" if tree["of_rows"] <= tree["bound"] else ", missed")
+        names = ("tree", "rows", "torch", "TRL")
+        memory = ", ".join(_memory(case[name]) if name in case else "" for name in names)
+        cells = [f"{rows['model']}, {rows['shape']}", f"{tree['unique_tokens']:,} / {tree['tokens']:,}"]
+        cells += [f"{rows['p50_s']:.3g}", packed, f"{tree['bound']:.2f}"]
+        cells += [of_rows.get(name, "") for name in ("torch", "TRL")]
+        lines.append(f"| {' | '.join([*cells, memory])} |")
+    return "\n".join(lines)
+
+
+def _memory(row: Row) -> str:
+    return "?" if row.get("peak_mb") is None else f"{row['peak_mb']:,.0f}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "ops_cpu": lambda: run_tables("ops_cpu"),
     "ops_gpu": lambda: run_tables("ops_gpu"),
@@ -159,6 +182,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "makespan": lambda: rollout_table("rollout", ("simulated", "real"), _rollout_tables.makespan),
     "monitor": lambda: rollout_table("rollout", ("monitor",), _rollout_tables.monitor),
     "tool_budget": lambda: rollout_table("tool_budget", ("rows",), _rollout_tables.tool_budget),
+    "train_step": lambda: rollout_table("train_step", ("rows",), train_step_table),
     "algorithms": lambda: rollout_table("algorithms", ("rows",), algorithms_table),
 }
 
