@@ -26,8 +26,8 @@ from arpo_ext.training.attention import IMPLEMENTATION, TreeAttention, tree_atte
 from arpo_ext.training.batch import PolicyBatch, TokenBatch
 from arpo_ext.training.packing import pack
 
-# From this many bytes of logits on, they are not kept. One step needs a fourth product for that: on a CPU it took 1.2 to
-# 1.4 times as long as head and statistics apart, at 1,000 x 2,048 to 300 x 151,936 logits.
+# From this many bytes of logits on, they are not kept. One step needs a fourth product for that: on a CPU it took 1.2
+# to 1.4 times as long as head and statistics apart, at 1,000 x 2,048 to 300 x 151,936 logits.
 FUSED_BYTES = 256 << 20
 
 _SOFTCAP = "arpo_softcap"  # set on a head whose result is the model's but for this softcap (0: none)
