@@ -90,7 +90,9 @@ cuda-check: setup
 # are installed. Sets nothing up and needs no network: .venv if it is there, else $(PYTHON) with torch, numpy, pybind11,
 # cmake, ninja, pytest, pytest-timeout and hypothesis.
 GPU_TESTS = $(shell grep -l 'pytest\.mark\.gpu' python_tests/test_*.py)
-GPU_PYTEST = $(NATIVE_PYTHON) -m pytest -m gpu $(GPU_TESTS)
+# Those that launch training in processes of its own: the sanitizers look at single kernels.
+GPU_TRAINING = $(wildcard python_tests/test_*_gpu.py)
+GPU_PYTEST = $(NATIVE_PYTHON) -m pytest -m gpu $(filter-out $(GPU_TRAINING),$(GPU_TESTS))
 SANITIZER = compute-sanitizer --error-exitcode 1
 gpu-check:
 	$(MAKE) gpu-test
@@ -99,6 +101,7 @@ gpu-check:
 
 gpu-test: native
 	$(GPU_PYTEST)
+	$(NATIVE_PYTHON) -m pytest -m gpu $(GPU_TRAINING) --timeout 900
 
 # memcheck and initcheck see where a tensor ends only if it has an allocation of its own, which the capture of a graph does
 # not allow: the graph tests run with torch's cache. The slow tools look at our own kernels alone.

@@ -114,16 +114,22 @@ def _sft(arguments: argparse.Namespace) -> int:
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     with _run_folder(config) as tracker:
         sft(config, model=model, tokenizer=tokenizer, demos=demos, tracker=tracker)
-    print(f"model: {config.output_dir / 'model'}")
+    if _rank() == 0:
+        print(f"model: {config.output_dir / 'model'}")
     return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _run_config(arguments)
+    from accelerate import PartialState
+
     from arpo_ext.model import load_model
     from arpo_ext.training import loop
+    from arpo_ext.training.prepare import start_processes
     from arpo_ext.training.termination import Terminated
 
+    # All ranks have looked at the run folder before one goes on and writes to it.
+    main = start_processes().is_main_process
     prompts = _read_prompts(config, _required(config.data.train, "data.train", "a .parquet or .jsonl file"))
     sets = _eval_sets(config)
     model = load_model(config.model)
@@ -141,12 +147,16 @@ def _train(arguments: argparse.Namespace) -> int:
                 tracker=tracker,
             )
     except Terminated:
-        print("arpo-ext train: stopped by SIGTERM and saved; train.resume=true goes on", file=sys.stderr)
+        if main:
+            print("arpo-ext train: stopped by SIGTERM and saved; train.resume=true goes on", file=sys.stderr)
         return 128 + signal.SIGTERM
-    return _print_report(config.output_dir)
+    if _ranks() > 1:
+        PartialState().destroy_process_group()
+    return _print_report(config.output_dir) if main else 0
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
+    _one_process()
     config = _run_config(arguments)
     from arpo_ext.data import append_trees
     from arpo_ext.rollout.tree import read_trees
@@ -178,6 +188,7 @@ def _new(trees: Sequence[RolloutTree], saved: Sequence[RolloutTree]) -> list[Rol
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    _one_process()
     config = _run_config(arguments)
     if not config.data.eval:
         raise ConfigError("data.eval is empty; expected name: path pairs of prompt files")
@@ -223,6 +234,19 @@ def _run_config(arguments: argparse.Namespace) -> Config:
     return config
 
 
+def _one_process() -> None:
+    if _ranks() > 1:
+        raise ConfigError(f"got {_ranks()} processes; expected one: only sft and train run in several")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _required(path: Path | None, key: str, expected: str) -> Path:
     if path is None:
         raise ConfigError(f"{key} is not set; expected {expected}")
@@ -245,6 +269,9 @@ def _run_folder(config: Config) -> Iterator[Tracker]:
     from arpo_ext.tracking import Tracker
 
     folder = config.output_dir
+    if _rank() > 0:
+        yield Tracker(folder, config.tracking)
+        return
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
@@ -273,11 +300,6 @@ def _engine(config: Config) -> Iterator[tuple[Sampler, ToolPool, Renderer]]:
     from arpo_ext.render import Renderer
     from arpo_ext.tools import open_pool
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The engine would make a process group of its own, and each process train a copy nobody synchronises.
-        raise ConfigError(
-            f"got {os.environ['WORLD_SIZE']} processes; expected one, launched without torchrun or accelerate"
-        )
     folder = model_folder(config.model)
     renderer = Renderer(load_tokenizer(config.model), config.tools.names)
     with open_pool(config.tools) as tools:
@@ -310,8 +332,7 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
                 tools=tools,
                 renderer=renderer,
                 config=config.rollout,
-                # Each step and attempt draws anew; the multiplier keeps the streams of neighbouring seeds apart.
-                seed=config.seed * 1_000_003 + step + attempt * 1_000_003**2,
+                seed=_draws(config, step, attempt),
                 progress=ended,
                 baselines=baselines,
                 finished=finished,
@@ -319,6 +340,11 @@ def _collector(config: Config, sampler: Sampler, tools: ToolPool, renderer: Rend
         return dataclasses.replace(collected, trees=_of_step(step, collected.trees))
 
     return run
+
+
+def _draws(config: Config, step: int, attempt: int = 0) -> int:
+    """Seed of a collection: each rank, step and attempt draws anew, apart from the streams of neighbouring seeds."""
+    return config.seed * 1_000_003 + step + (attempt + 1009 * _rank()) * 1_000_003**2
 
 
 def _of_step(step: int, trees: Sequence[RolloutTree]) -> list[RolloutTree]:
@@ -354,16 +380,21 @@ def _eval_sets(config: Config) -> dict[str, list[Prompt]]:
 def _evaluator(
     config: Config, sets: dict[str, list[Prompt]], sampler: Sampler, tools: ToolPool, renderer: Renderer
 ) -> Any:
-    from arpo_ext.evaluation.metrics import evaluate
+    from accelerate.utils import gather_object
+
+    from arpo_ext.evaluation.metrics import answer, summarize
+
+    options = {"sampler": sampler, "tools": tools, "renderer": renderer, "config": config, "seed": config.seed}
 
     def run(step: int) -> dict[str, float]:
+        """Every rank answers its share of the prompts, and knows the metrics of all."""
         metrics: dict[str, float] = {}
         for name, prompts in sets.items():
+            own = prompts[_rank() :: _ranks()]
             for mode in config.eval.modes:
-                result = evaluate(
-                    prompts, sampler=sampler, tools=tools, renderer=renderer, config=config, mode=mode, seed=config.seed
-                )
-                metrics |= result.as_metrics(f"eval/{name}/{mode}")
+                trees = answer(own, mode=mode, **options) if own else []
+                together = gather_object(trees) if _ranks() > 1 else trees
+                metrics |= summarize(together, mode).as_metrics(f"eval/{name}/{mode}")
         return metrics
 
     return run

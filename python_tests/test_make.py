@@ -27,8 +27,12 @@ def test_gpu_check_runs_tests_sanitizers_and_benchmarks_without_a_network():
     mark = "pytest.mark." + "gpu"  # in two parts: this file has none
     tested = {path.name for path in ROOT.glob("python_tests/test_*.py") if mark in path.read_text("utf-8")}
     runs = [line for line in commands.splitlines() if "-m pytest -m gpu" in line]
+    launched = {name for name in tested if name.endswith("_gpu.py")}
+    assert launched
+    training = runs.pop(1)
+    assert {Path(word).name for word in training.split() if word.endswith(".py")} == launched
     for line in runs:
-        assert {Path(word).name for word in line.split() if word.endswith(".py")} == tested
+        assert {Path(word).name for word in line.split() if word.endswith(".py")} == tested - launched
     tools = [re.search(r"--tool (\w+)", line) for line in runs]
     assert [tool[1] if tool else None for tool in tools] == [
         None, "memcheck", "memcheck", "racecheck", "synccheck", "initcheck"

@@ -73,6 +73,22 @@ def evaluate(
     """
     if not prompts:
         raise ValueError("got no prompts to evaluate; expected at least one")
+    options = {"sampler": sampler, "tools": tools, "renderer": renderer, "config": config, "progress": progress}
+    return summarize(answer(prompts, mode=mode, seed=seed, **options), mode)
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    *,
+    sampler: Sampler,
+    tools: ToolPool,
+    renderer: Renderer,
+    config: Config,
+    mode: Mode,
+    seed: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[RolloutTree]:
+    """The scored trees of `evaluate`, one a prompt; several processes can share the prompts and summarize together."""
     if mode not in ("sampled", "greedy"):
         raise ValueError(f"mode is {mode!r}; expected 'sampled' or 'greedy'")
     samples = config.eval.samples_per_prompt if mode == "sampled" else 1
@@ -89,7 +105,7 @@ def evaluate(
         greedy=mode == "greedy",
         progress=progress,
     )
-    return summarize([score_tree(tree, config.reward) for tree in collected.trees], mode)
+    return [score_tree(tree, config.reward) for tree in collected.trees]
 
 
 def summarize(trees: Sequence[RolloutTree], mode: Mode) -> EvalResult:

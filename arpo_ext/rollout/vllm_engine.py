@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from arpo_ext.config import EngineConfig
-from arpo_ext.errors import EngineError, SamplerError
+from arpo_ext.errors import ConfigError, EngineError, SamplerError
 
 # Read while vLLM is imported; what the user has set stays.
 # An engine that somebody starts beside ours, as benchmarks do, runs in this process too.
@@ -28,8 +28,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm import LLM, SamplingParams, envs
+from vllm.distributed.parallel_state import destroy_model_parallel
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
+from vllm.v1.engine import core
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -122,8 +124,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine; it cannot be used afterwards."""
-        # Its process is killed if it takes longer, and leaves shared memory behind.
-        self._core.shutdown(timeout=30)
+        with _process_group_kept() if _ranks() > 1 else nullcontext():
+            # Its process is killed if it takes longer, and leaves shared memory behind.
+            self._core.shutdown(timeout=30)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -150,6 +153,8 @@ def _start(model_path: str | Path, config: EngineConfig, columns: int, seed: int
     block_size = config.block_size or (32 if on_cpu else None)
     if block_size is not None:
         options["block_size"] = block_size
+    if _ranks() > 1:
+        options |= _options_of_a_rank(config)
     if deterministic:
         options["async_scheduling"] = False
         if config.own_process:
@@ -184,12 +189,42 @@ def _start(model_path: str | Path, config: EngineConfig, columns: int, seed: int
     return llm
 
 
+def _ranks() -> int:
+    """Processes that were joined before an engine was started in each of them; an engine's own group is of one."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if joined else 1
+
+
+def _options_of_a_rank(config: EngineConfig) -> dict[str, Any]:
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"engine.tensor_parallel_size is {config.tensor_parallel_size} with {_ranks()} processes; expected 1, for "
+            "each process has an engine of its own"
+        )
+    # An engine in this process finds the group of all ranks and takes its place in it, and its device, from there.
+    return {} if config.own_process else {"distributed_executor_backend": "external_launcher"}
+
+
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """vLLM ends the default process group together with an engine in this process; here it is the trainer's."""
+    ending, core.cleanup_dist_env_and_memory = core.cleanup_dist_env_and_memory, destroy_model_parallel
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = ending
+
+
 @contextmanager
 def _environment(config: EngineConfig) -> Iterator[None]:
     """What vLLM is only told by the environment: where the engine runs, how its processes start and are bound."""
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(config.own_process))}
     # A fork would copy a process whose tools and OpenMP have threads.
     defaults = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    if config.own_process and _ranks() > 1 and not current_platform.is_cpu():
+        rank = int(os.environ["LOCAL_RANK"])
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
     if config.threads is not None:
         # vLLM binds the threads of a CPU worker to cores it counts itself; more threads would share them.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -2,7 +2,7 @@
 
     checkpoints/step_000040/
       model/           Hugging Face folder (config, safetensors, tokenizer): usable by itself
-      optimizer.pt     optimiser state by parameter name, {} before the first step
+      optimizer.pt     optimiser state by parameter name, {} before the first step; under DeepSpeed deepspeed/ instead
       rng.pt           python, numpy and torch generator states, one entry per rank
       state.json       step, data position, identity, configuration and metrics, and the size of every file above
 
@@ -36,6 +36,7 @@ from arpo_ext.training.full_state import (
     difference,
     gathered_moments,
     gathered_weights,
+    is_deepspeed,
     scatter_moments,
     scatter_weights,
 )
@@ -73,17 +74,23 @@ def save(
     """
     target = place_of(run_dir, state.step)
     states = gather_object([rng_state() if rng is None else rng])
-    weights, moments = gathered_weights(accelerator, model), gathered_moments(accelerator, model, optimizer)
+    weights = gathered_weights(accelerator, model)
+    moments = None if is_deepspeed(accelerator) else gathered_moments(accelerator, model, optimizer)
+
+    def write_together(folder: Path) -> None:
+        if moments is None:
+            model.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
 
     def write(folder: Path) -> None:
         _write_model(folder / "model", accelerator.unwrap_model(model), weights, tokenizer)
-        torch.save(moments, folder / "optimizer.pt")
+        if moments is not None:
+            torch.save(moments, folder / "optimizer.pt")
         torch.save(states, folder / "rng.pt")
         finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
         known = {"identity": dict(identity), "config": dict(config or {}), "metrics": finite}
         write_state(folder, {**asdict(state), **known})
 
-    _write_whole(accelerator, target, write)
+    _write_whole(accelerator, target, write, write_together)
     return target
 
 
@@ -97,22 +104,37 @@ def save_model(folder: Path, *, accelerator: Accelerator, model: nn.Module, toke
     _write_whole(accelerator, folder, write)
 
 
-def _write_whole(accelerator: Accelerator, target: Path, write: Callable[[Path], None]) -> None:
-    """Let the main process write beside `target` and rename. Every rank learns of a fault, lest the others wait."""
-    fault: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            replace_folder(temporary, target)
-        except Exception as error:  # noqa: BLE001  each library has errors of its own for a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            fault = [unwritable(target, error)]
-    broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise fault[0]
+def _write_whole(
+    accelerator: Accelerator,
+    target: Path,
+    write: Callable[[Path], None],
+    write_together: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Let all ranks write beside `target`, then the main process, and rename. Every rank learns of a fault."""
+    temporary = target.with_name(target.name + ".tmp")
+
+    def make() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        write(temporary)
+        replace_folder(temporary, target)
+
+    everybody, main = True, accelerator.is_main_process
+    for acts, action in ((main, make), (everybody, lambda: write_together(temporary)), (main, finish)):
+        fault = None
+        if acts:
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001  each library has errors of its own for a full disk
+                fault = unwritable(target, error)
+        # Told to all, lest those that can write wait for one that cannot.
+        faults = [own for own in gather_object([fault]) if own is not None]
+        if faults:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise faults[0]
 
 
 def load(
@@ -139,23 +161,42 @@ def load(
             )
     for key, before, now in changed_keys(row["config"], config or row["config"]):
         _log.warning("%s was made with %s=%r; this run has %r", path.name, key, before, now)
-    weights, moments, fault = {}, {}, [None]
+    found: list[Any] = [None, False]
+    weights, moments = {}, {}
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        with _no_bars():
-            weights = AutoModelForCausalLM.from_pretrained(path / "model", dtype=plain.dtype).state_dict()
-        moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        fault = [difference(plain, weights)]
+        try:
+            weights, moments = _read(path, accelerator, model)
+            found[1] = bool(moments)
+        except CheckpointError as error:
+            found[0] = error
     # Told to all, lest the others wait for weights that do not come.
-    broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise CheckpointError(f"checkpoint {path} holds another model ({fault[0]}); expected the run's own")
-    scatter_weights(accelerator, model, weights)
-    stepped = [bool(moments)]
-    broadcast_object_list(stepped)
-    if stepped[0]:
+    fault, stepped = broadcast_object_list(found)
+    if fault is not None:
+        raise fault
+    if is_deepspeed(accelerator):
+        model.load_checkpoint(str(path / "deepspeed"), tag="state")
+    else:
+        scatter_weights(accelerator, model, weights)
+    if stepped:
         scatter_moments(accelerator, model, optimizer, moments)
     return RunState(step=row["step"], position=row["position"], evaluated=row["evaluated"])
+
+
+def _read(path: Path, accelerator: Accelerator, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and optimiser state of a checkpoint for this model, both empty where DeepSpeed reads its own."""
+    own = (path / "deepspeed").is_dir()
+    if own != is_deepspeed(accelerator):
+        got, expected = ("DeepSpeed", "the same") if own else ("DDP or FSDP2", "either, not DeepSpeed")
+        raise CheckpointError(f"checkpoint {path} is of a run under {got}; expected this run to be under {expected}")
+    if own:
+        return {}, {}
+    plain = accelerator.unwrap_model(model)
+    with _no_bars():
+        weights = AutoModelForCausalLM.from_pretrained(path / "model", dtype=plain.dtype).state_dict()
+    reason = difference(plain, weights)
+    if reason is not None:
+        raise CheckpointError(f"checkpoint {path} holds another model ({reason}); expected the run's own")
+    return weights, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 def changed_keys(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,6 +1,7 @@
 """Weights and optimiser states as whole tensors on rank 0 and back, however the ranks share them.
 
-What one number of processes has gathered, any other can scatter. Left out: the optimiser states of DeepSpeed.
+What one number of processes has gathered, any other can scatter. The exception is the optimiser under DeepSpeed, which
+only DeepSpeed itself can write and read, in files of every rank.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from arpo_ext.errors import CheckpointError
-
 
 def gathered_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the unwrapped model, whole on rank 0; other ranks may get nothing. Call it on every rank.
 
     Shards are joined one tensor at a time and kept in the memory of the CPU; weights that are whole are not copied.
     """
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+    if is_deepspeed(accelerator):
         return accelerator.get_state_dict(model)
     plain = accelerator.unwrap_model(model)
     return get_model_state_dict(plain, options=_gathering(plain))
@@ -40,7 +39,6 @@ def gathered_moments(accelerator: Accelerator, model: nn.Module, optimizer: torc
 
     Parameters have their names in the unwrapped model.
     """
-    _refuse_deepspeed(accelerator)
     optimizer = getattr(optimizer, "optimizer", optimizer)
     # torch would fill in a state with one step done.
     if not optimizer.state:
@@ -59,7 +57,6 @@ def scatter_moments(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Any]
 ) -> None:
     """Put what rank 0 has in `moments` into the optimiser of every rank; learning rates and the like stay."""
-    _refuse_deepspeed(accelerator)
     optimizer = getattr(optimizer, "optimizer", optimizer)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     plain = accelerator.unwrap_model(model)
@@ -81,18 +78,14 @@ def difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type is DistributedType.DEEPSPEED
 
 
 def _gathering(plain: nn.Module) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=is_sharded(plain))
+    sharded = any(isinstance(parameter, DTensor) for parameter in plain.parameters())
+    return StateDictOptions(full_state_dict=True, cpu_offload=sharded)
 
 
 def _scattering(accelerator: Accelerator) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-
-
-def _refuse_deepspeed(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        raise CheckpointError("got a run under DeepSpeed; expected DDP or FSDP2, whose optimiser states can be saved")

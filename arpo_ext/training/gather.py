@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from arpo_ext.training.step import global_sum
 from arpo_ext.types import Prompt, RolloutTree
@@ -25,8 +26,8 @@ class Collected(Protocol):
 
 @dataclass(frozen=True)
 class Gathered:
-    """trees: what to train on. scored: everything collected, in order. metrics: of this rank. drawn: prompts used up
-    by all ranks together."""
+    """trees: what to train on. scored: everything collected, in order. metrics: of all ranks, seconds those of the
+    slowest. drawn: prompts used up by all ranks together."""
 
     trees: list[RolloutTree]
     scored: list[RolloutTree]
@@ -70,12 +71,22 @@ def gather_trees(
         before = sum(missing[:rank])
         own = list(draw(drawn, sum(missing)))[before : before + missing[rank]]
         drawn += sum(missing)
-    return Gathered(kept, scored, metrics, drawn)
+    return Gathered(kept, scored, _over_ranks(metrics, len(scored)), drawn)
 
 
 def has_spread(tree: RolloutTree) -> bool:
     """Whether two paths that the model ended have different rewards."""
     return len({leaf.reward for leaf in tree.leaves if not leaf.end.is_forced}) > 1
+
+
+def _over_ranks(metrics: Mapping[str, float], prompts: int) -> dict[str, float]:
+    """Metrics of all ranks as those of one that did all of it, in the time of the slowest."""
+    parts = [part for part in gather_object([(dict(metrics), prompts)]) if part[1]]
+    joined, count = {}, 0
+    for own, own_count in parts:
+        joined, count = _joined(joined, count, own, own_count), count + own_count
+    slowest = {name: max(own.get(name, 0.0) for own, _ in parts) for name in joined if name.endswith("seconds")}
+    return joined | slowest
 
 
 def _joined(one: Mapping[str, float], prompts: int, other: Mapping[str, float], more: int) -> dict[str, float]:

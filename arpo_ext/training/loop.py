@@ -24,6 +24,7 @@ from arpo_ext.data import append_trees, draw_order
 from arpo_ext.errors import ModelError
 from arpo_ext.tracking import Tracker
 from arpo_ext.training.advantages import CREDIT_KEYS, credit_trees
+from arpo_ext.training.balance import balance
 from arpo_ext.training.batch import plan_updates
 from arpo_ext.training.checkpoint import RunState, save_model
 from arpo_ext.training.gather import Collected, Gathered, gather_trees
@@ -98,18 +99,21 @@ def train(
         )
         trees = [c.tree for c in credited]
         started = time.perf_counter()
+        dealt, imbalance = balance(accelerator, credited, settings)
         rate = set_learning_rate(optimizer, step, settings)
         with _keeping_trees(
             config.output_dir / f"failed_step_{step:06d}_rank_{accelerator.process_index}.jsonl", trees
         ):
             metrics = policy_step(
                 **parts,
-                updates=plan_updates(credited, settings, seed=config.seed + step, pad_token=pad_token),
+                updates=plan_updates(dealt, settings, seed=config.seed + step, pad_token=pad_token),
                 config=settings,
                 temperature=config.rollout.temperature,
                 pad_token=pad_token,
                 reference=reference,
             )
+        if not alone:
+            metrics["train/rank_imbalance"] = imbalance
         metrics |= {"train/lr": rate, "train/seconds": time.perf_counter() - started}
         metrics["push/seconds"] = push(accelerator.unwrap_model(model))
         metrics |= memory_metrics(accelerator.device)

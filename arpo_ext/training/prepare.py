@@ -45,9 +45,12 @@ def start_processes() -> Accelerator:
     Before a vLLM engine starts in any of them: the engine makes a group of its own process alone where it finds none,
     which the trainer would then take for all there is.
     """
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
-    )
+    cpu = not torch.accelerator.is_available()
+    group = {"timeout": RANK_TIMEOUT}
+    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        # accelerate knows DeepSpeed only beside its own choice of a backend for a GPU.
+        cpu, group["backend"] = False, "gloo"
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(**group)])
 
 
 def prepare(
