@@ -56,6 +56,7 @@ EXTRAS = {
     "rollout/vllm_entropy_file.py": {"vllm"},
     "rollout/vllm_sampler.py": {"vllm"},
     "rollout/vllm_stepped.py": {"vllm"},
+    "rollout/vllm_watch.py": {"vllm"},
     "rollout/vllm_worker.py": {"vllm"},
     "training/weights.py": {"deepspeed"},
     "evaluation/report.py": {"jinja2", "markupsafe"},

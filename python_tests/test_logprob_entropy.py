@@ -296,6 +296,25 @@ def test_outputs_given_by_the_caller(backend):
         ops.logprob_entropy_into(logits, entropy=only, labels=labels)
 
 
+def test_a_writer_serves_every_call_of_its_layout_and_no_other(backend):
+    logits = [random_logits(3, 65, backend=backend) for _ in range(2)]
+    entropy = torch.full((3,), math.nan, device=logits[0].device)
+    write = ops.EntropyWriter(logits[0], entropy, backend=backend)
+    for rows, temperature in zip(logits, (0.7, 1.3), strict=True):
+        write(rows, temperature)
+        assert torch.equal(entropy, ops.entropy(rows, temperature=temperature, backend=backend))
+    before = entropy.clone()
+    others = (logits[0][:2], logits[0].double(), random_logits(6, 65, backend=backend)[::2])
+    for other in others:
+        with pytest.raises(ValueError, match=r"logits have \(shape, strides, dtype, device\).*; expected"):
+            write(other, 1.0)
+    with pytest.raises(ValueError, match="temperature must be positive, in 1e-15 to 1e30, got 0"):
+        write(logits[0], 0.0)
+    assert torch.equal(entropy, before)
+    with pytest.raises(ValueError, match="entropy must be contiguous"):
+        ops.EntropyWriter(logits[0], entropy[:2], backend=backend)
+
+
 def test_float64_is_served_by_the_reference_in_float64():
     logits = random_logits(2, 65).double()
     with pytest.raises(ops.BackendError, match=r"needs float32, bfloat16 or float16, got torch.float64"):

@@ -156,6 +156,26 @@ def test_entropies_are_exact_while_the_engine_runs_ahead_in_chunks(free, talker,
         _check_what_was_measured(free, talker, renderer.tokenizer, [replace(request, tokens=request.tokens[:30])])
 
 
+def test_only_the_first_of_the_ranks_that_share_a_model_is_read(start, talker, renderer, monkeypatch):
+    sampler = start(own_process=True, tensor_parallel_size=2)
+    answers = sampler._engine._llm.collective_rpc
+
+    def others_disagree(method, args=()):
+        first, *others = answers(method, args=args)
+        assert len(others) == 1
+        if method == "arpo_read_entropies":
+            assert others == [first]
+            others = [[[-1.0] * len(row) for row in first]]
+        return [first, *others]
+
+    monkeypatch.setattr(sampler._engine._llm, "collective_rpc", others_disagree)
+    _check_what_was_measured(sampler, talker, renderer.tokenizer, _requests(12))
+    other = random_model(len(renderer.tokenizer), seed=3)
+    sampler.push_weights(other.state_dict().items())
+    _check_what_was_measured(sampler, other, renderer.tokenizer, _requests(12))
+    sampler.close()
+
+
 def _children(pid):
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(child) for child in file.read().split()]
@@ -179,6 +199,8 @@ def test_a_killed_engine_is_one_clear_error(stepped, free, victim, renderer, cap
     message = r"vLLM's engine process \d+ (was killed by SIGKILL|ended with exit code 1|failed) with \d+ requests open"
     with pytest.raises(EngineError, match=message):
         _run_until_it_fails(sampler)
+    # Nobody is left to put anything there.
+    sampler._engine._core.outputs_queue.queue.clear()
     with pytest.raises(EngineError, match=message):
         sampler.step()
     for request in _requests(30):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -213,6 +214,29 @@ def test_what_asynchronous_scheduling_samples_past_the_end_is_left_out(tmp_path,
     # Its row is free again.
     file.schedule(_step(new=[("b", params)]))
     assert file.place(params)[0] == 0
+
+
+def test_a_request_that_is_preempted_and_then_dropped_keeps_what_it_had(tmp_path):
+    from arpo_ext.rollout.vllm_entropy_file import EntropyFile
+
+    log, params = EntropyLog(1, 3, torch.device("cpu")), _params()
+    file = EntropyFile(tmp_path / "e.jsonl", log)
+    file.schedule(_step(new=[("a", params)]))
+    row, *_ = file.place(params, output=[7, 8])
+    for column in range(2):
+        log.record(torch.zeros(1, 8), torch.tensor([row * log.columns + column]), 1.0)
+    other = _params()
+    file.schedule(_step(new=[("b", other)], preempted=["a"]))
+    assert file.place(other, output=[]) == (row, 3, 1.0)
+    # There is no row for a third; it is followed without one.
+    third = _params()
+    file.schedule(_step(new=[("c", third)]))
+    assert file.place(third, output=[7]) is None
+    file.schedule(_step(finished=["a"]))
+    file.schedule(_step(finished=["c"]))
+    a, c = map(json.loads, (tmp_path / "e.jsonl").read_text().splitlines())
+    assert a["entropies"] == pytest.approx([math.log(8)] * 2)
+    assert (c["completion_tokens"], c["entropies"]) == (1, [])
 
 
 def test_a_full_disk_costs_lines_and_nothing_else(caplog, monkeypatch):

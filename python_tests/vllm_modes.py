@@ -91,18 +91,21 @@ def generate_into_a_file(folder, path, *, blocks=10):
             disable_log_stats=False,
         )
     prompts = [[14 + (7 * i + 3 * j) % 80 for j in range(20 + 5 * i)] for i in range(8)]
+    # The last prompt is answered twice, by requests that share their parameters.
     params = [
-        SamplingParams(temperature=0.7 if i % 2 else 0.0, max_tokens=60, ignore_eos=True, seed=None) for i in range(8)
+        SamplingParams(temperature=0.7 if i % 2 else 0.0, max_tokens=60, ignore_eos=True, n=1 + i // 7)
+        for i in range(8)
     ]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     # In this process nobody steps on to clear the last request.
     llm.llm_engine.step()
     preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     llm.llm_engine.engine_core.shutdown()
-    rows = [
-        (output.request_id, prompt, list(output.outputs[0].token_ids), param.temperature or 1.0)
-        for output, prompt, param in zip(outputs, prompts, params, strict=True)
-    ]
+    rows = []
+    for output, prompt, param in zip(outputs, prompts, params, strict=True):
+        for sample in output.outputs:
+            id = output.request_id if param.n == 1 else f"{sample.index}_{output.request_id}"
+            rows.append((id, prompt, list(sample.token_ids), param.temperature or 1.0))
     return rows, preemptions
 
 

@@ -9,12 +9,13 @@ from arpo_ext.ops.expand_advantages import expand_advantages, first_occurrences
 from arpo_ext.ops.group_advantages import Advantages, group_advantages
 from arpo_ext.ops.linear_logprob_entropy import linear_logprob_entropy
 from arpo_ext.ops.logits_stats import LogitsStats, logits_stats
-from arpo_ext.ops.logprob_entropy import entropy, logprob, logprob_entropy, logprob_entropy_into
+from arpo_ext.ops.logprob_entropy import EntropyWriter, entropy, logprob, logprob_entropy, logprob_entropy_into
 from arpo_ext.ops.policy_loss import PolicyLossSums, policy_loss
 
 __all__ = [
     "Advantages",
     "BackendError",
+    "EntropyWriter",
     "LogitsStats",
     "PolicyLossSums",
     "TokenBranches",

@@ -151,17 +151,43 @@ def logprob_entropy_into(
     """
     call = checked_call(logits, labels, temperature, ignore_index, mask)
     for name, out in (("entropy", entropy), ("logprob", logprob)):
-        if out is None:
-            continue
-        expected = (logits.shape[:-1], result_dtype(logits), logits.device)
-        if (out.shape, out.dtype, out.device) != expected or not out.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {expected[1]} of shape {tuple(expected[0])} on {expected[2]}, "
-                f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
-            )
+        if out is not None:
+            _check_out(name, out, logits)
     if (logprob is None) != (labels is None):
         raise ValueError("logprob and labels go together; got only one of them")
     choose("logprob_entropy", FORWARD, backend, call).run(call, logprob, entropy, None)
+
+
+class EntropyWriter:
+    """`logprob_entropy_into(logits, entropy=entropy, temperature=temperature)`, checked once for a layout of logits.
+
+    For a sampler whose batches look alike: beside a decoding step, what a call checks is cold and takes longer than a
+    small row. `logits` says shape, strides, dtype and device; called with others: ValueError, nothing is written.
+    """
+
+    def __init__(self, logits: Tensor, entropy: Tensor, *, backend: str = "auto") -> None:
+        call = checked_call(logits, None, 1.0, -100, None)
+        _check_out("entropy", entropy, logits)
+        self._run = choose("logprob_entropy", FORWARD, backend, call).run
+        self._layout = (logits.shape, logits.stride(), logits.dtype, logits.device)
+        self._entropy = entropy
+
+    def __call__(self, logits: Tensor, temperature: float) -> None:
+        layout = (logits.shape, logits.stride(), logits.dtype, logits.device)
+        if layout != self._layout:
+            raise ValueError(f"logits have (shape, strides, dtype, device) {layout}; expected {self._layout}")
+        if not 1e-15 <= temperature <= 1e30:
+            raise ValueError(f"temperature must be positive, in 1e-15 to 1e30, got {temperature}")
+        self._run(LogitsCall(logits, None, None, None, temperature, -100), None, self._entropy, None)
+
+
+def _check_out(name: str, out: Tensor, logits: Tensor) -> None:
+    expected = (logits.shape[:-1], result_dtype(logits), logits.device)
+    if (out.shape, out.dtype, out.device) != expected or not out.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {expected[1]} of shape {tuple(expected[0])} on {expected[2]}, "
+            f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
+        )
 
 
 def _check_inplace(logits: Tensor) -> None:

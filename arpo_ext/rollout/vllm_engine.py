@@ -6,13 +6,10 @@ Left out: what is sampled (`vllm_sampler`), what happens inside the workers (`vl
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ from transformers import AutoConfig
 from arpo_ext.config import EngineConfig
 from arpo_ext.errors import ConfigError, EngineError, SamplerError
 
-# Read while vLLM is imported; what the user has set stays.
-# An engine that somebody starts beside ours, as benchmarks do, runs in this process too.
+# Read while vLLM is imported; what the user has set stays. An engine that somebody starts beside ours, as benchmarks
+# do, runs in this process too.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -36,6 +33,7 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from arpo_ext.rollout.vllm_entropy import COLUMNS, ENTROPY_PROCESSOR
+from arpo_ext.rollout.vllm_watch import how_it_ended, wake_callers_at_its_death
 from arpo_ext.rollout.vllm_worker import WORKER_EXTENSION, is_tied
 
 # Prompts in chunks: vLLM 0.32 takes back what a chunk has drawn, which a seeded generator on a CPU cannot do
@@ -65,9 +63,10 @@ class Engine:
         self._shares_memory = isinstance(self._core, InprocClient) and config.tensor_parallel_size == 1
         self._stepped = deterministic and config.own_process
         self._processes: Sequence[Any] = ()
+        self._death = ""
         if config.own_process:
             self._processes = self._core.resources.engine_manager.processes
-            _wake_callers_at_its_death(self._core)
+            wake_callers_at_its_death(self._core)
 
     def add(self, id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         with self._alive():
@@ -130,15 +129,19 @@ class Engine:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
+        if self._death:
+            # Nobody would answer.
+            raise EngineError(self._death)
         try:
             yield
         except EngineDeadError:
             lost = self._engine.get_num_unfinished_requests()
-            raise EngineError(
-                f"vLLM's engine process {_how_it_ended(self._processes)} with {lost} requests open, which are lost; "
+            self._death = (
+                f"vLLM's engine process {how_it_ended(self._processes)} with {lost} requests open, which are lost; "
                 "expected it to run: start a new sampler, or the command again (train.resume=true goes on from the "
                 "last checkpoint)"
-            ) from None
+            )
+            raise EngineError(self._death) from None
 
 
 def _start(model_path: str | Path, config: EngineConfig, columns: int, seed: int, deterministic: bool) -> LLM:
@@ -241,39 +244,6 @@ def _environment(config: EngineConfig) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _wake_callers_at_its_death(core: Any) -> None:
-    """Let who waits for the engine's process get EngineDeadError when it ends.
-
-    vLLM's own monitor of a killed process closes the sockets and leaves both `get_output` and pending calls waiting
-    for ever (0.32). Holds no reference to the client, so that it can be collected.
-    """
-    resources, outputs, calls = core.resources, core.outputs_queue, core.utility_results
-    sentinels = [process.sentinel for process in resources.engine_manager.processes]
-
-    def wait() -> None:
-        connection.wait(sentinels)
-        # First, so that a call made from here on is refused before it waits.
-        resources.engine_dead = True
-        outputs.put_nowait(EngineDeadError())
-        for future in list(calls.values()):
-            if not future.done():
-                future.set_exception(EngineDeadError())
-
-    threading.Thread(target=wait, daemon=True, name="arpo-engine-death").start()
-
-
-def _how_it_ended(processes: Sequence[Any]) -> str:
-    (process,) = processes
-    # It may still be on its way out: it says that it fails before it ends.
-    process.join(5)
-    code = process.exitcode
-    if code is None:
-        return f"{process.pid} failed"
-    if code < 0:
-        return f"{process.pid} was killed by {signal.Signals(-code).name}"
-    return f"{process.pid} ended with exit code {code}"
 
 
 def _folder_for(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -152,7 +152,8 @@ class EntropyProcessor(*_BASES):
         if isinstance(temperature, list):
             padding = [1.0] * (len(cells) - len(temperature))
             temperature = self._send(temperature + padding, torch.float32)
-        self.log.record(logits, self._send(cells, torch.int64), temperature, mask)
+        on_cpu = self._device.type == "cpu"
+        self.log.record(logits, cells if on_cpu else self._send(cells, torch.int64), temperature, mask)
 
     def _record_slots(self, logits: torch.Tensor, ctx: Any) -> None:
         """V2: rows name their slot and position; a row at position p feeds the token p + 1 of its sequence."""
@@ -174,9 +175,6 @@ class EntropyProcessor(*_BASES):
         return args[_ROW], min(args[LIMIT], self.log.columns), params.temperature or 1.0
 
     def _send(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        if self._device.type == "cpu":
-            # Pinning and moving cost a CPU half of what this processor may.
-            return torch.tensor(values, dtype=dtype)
         return torch.tensor(values, dtype=dtype, pin_memory=self._pin).to(self._device, non_blocking=True)
 
 

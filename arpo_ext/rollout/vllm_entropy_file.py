@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class EntropyFile:
         if request is None:
             return None
         request.slot, request.output = slot, output
+        if request.row is None and not self._free:
+            return None
         if request.row is None:
             request.row = self._free.pop()
             if request.before:
@@ -94,22 +97,27 @@ class EntropyFile:
                 self._follow(new)
 
     def _follow(self, new: Any) -> None:
-        params = new.sampling_params
         request = self._followed.get(new.req_id)
+        if request is not None:
+            self._by_params.pop(id(request.params), None)
+        if id(new.sampling_params) in self._by_params:
+            # Several samples of one prompt share them where the engine runs in this process.
+            new.sampling_params = copy(new.sampling_params)
+        params = new.sampling_params
         if request is None:
             limit = min((params.extra_args or {}).get(LIMIT, self._log.columns), self._log.columns)
             request = _Followed(new.req_id, params, new.prompt_len, limit, row=None)
             self._followed[new.req_id] = request
-        else:
-            self._by_params.pop(id(request.params), None)
-            request.params = params
+        request.params = params
         self._by_params[id(params)] = request
 
     def _recorded(self, request: _Followed) -> tuple[float, ...]:
         """What the log and an earlier row hold of a request, NaN where it has nothing."""
-        values = self._log.read([request.row], [request.limit])[0] if request.row is not None else ()
-        before = request.before + (math.nan,) * (len(values) - len(request.before))
-        return tuple(old if math.isnan(new) else new for new, old in zip(values, before, strict=True)) or before
+        if request.row is None:
+            return request.before
+        (values,) = self._log.read([request.row], [request.limit])
+        before = request.before or (math.nan,) * request.limit
+        return tuple(old if math.isnan(new) else new for new, old in zip(values, before, strict=True))
 
     def _write(self, finished: str) -> None:
         request = self._followed.pop(finished, None)
