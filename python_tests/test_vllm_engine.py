@@ -19,7 +19,8 @@ from arpo_ext.types import Prompt
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
-ENGINE = EngineConfig(max_model_len=128, max_num_seqs=24, threads=1)
+# Prompts wait for a step that has room for all of their tokens; in chunks they would end the engine (vLLM 0.32).
+ENGINE = EngineConfig(max_model_len=128, max_num_seqs=24, max_num_batched_tokens=32, threads=1)
 ROLLOUT = RolloutConfig(
     paths=8,
     initial_paths=3,

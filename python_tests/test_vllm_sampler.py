@@ -93,21 +93,6 @@ def _greedy(model, tokenizer, prompt, count):
     return tokens[len(prompt) :]
 
 
-def test_chunked_prompts_record_the_entropy_of_the_first_real_token(fresh, model, renderer):
-    # 24 running prompts of 110 tokens exceed what the engine computes in one step.
-    budget = fresh._engine.vllm_config.scheduler_config.max_num_batched_tokens
-    count = budget // 110 + 10
-    generator = torch.Generator().manual_seed(1)
-    requests = [
-        sample_request(i, tokens=torch.randint(14, 100, (110,), generator=generator).tolist(), max_tokens=2)
-        for i in range(min(count, 60))
-    ]
-    _, done = run(fresh, requests)
-    for request in requests:
-        _, entropies = measure(model, renderer.tokenizer, request.tokens, done[request.id].tokens, TEMPERATURE)
-        assert done[request.id].entropies == pytest.approx(entropies, abs=1e-4)
-
-
 @torch.no_grad()
 def test_the_likeliest_tokens_are_reported_where_asked_for(fresh, model, renderer):
     wanted = [replace(sample_request(i, tokens=range(14, 18 + i)), top_logprobs=10 if i % 2 else 0) for i in range(12)]
