@@ -203,7 +203,7 @@ ATTACKS = {
     "signals to all": ("os.kill(-1, signal.SIGKILL)\ntime.sleep(0.2)\nprint('still here')", r"still here|SIGKILL"),
     "limits and priorities of the parent": (
         "refused(lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1)), lambda: os.setpriority(0, PARENT, 19),"
-        " lambda: os.sched_setaffinity(PARENT, {0}))\nrefused(lambda: os.setpriority(2, os.getuid(), -5))",
+        " lambda: os.sched_setaffinity(PARENT, {0}))\nrefused(lambda: os.setpriority(2, os.getuid(), -20))",
         REFUSED,
     ),
     "limits raised": (

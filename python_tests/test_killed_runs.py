@@ -113,7 +113,9 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(tmp_path, monkeypatc
         checkpoints = list(stored(killed))
         for one in checkpoints:
             assert weights(one.path)
-            assert torch.load(one.path / "optimizer.pt", weights_only=True)["state"]
+            moments = torch.load(one.path / "optimizer.pt", weights_only=True)
+            # None yet where no reward of the first steps differed from another.
+            assert not moments or set(moments["state"]) == set(weights(one.path))
         if checkpoints:
             assert checkpoints[0].step >= newest
             newest = checkpoints[0].step
