@@ -24,8 +24,9 @@ TORCH_CPU := torch==2.13.0+cpu
 demo: setup
 	$(BIN)/python -m examples.lookup_and_compute.demo --seed $(SEED) $(if $(filter smoke,$(DEMO)),--smoke)
 
+# In two processes, a file to each: a module's engine starts once, and an engine needs 3 GB.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/arpo-ext bench $(BENCH)
