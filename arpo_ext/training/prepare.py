@@ -6,7 +6,8 @@
     accelerate launch --use_fsdp --fsdp_version 2   the same on a CPU; on a GPU as accelerate's plugin says
     accelerate launch --use_deepspeed               DeepSpeed's engine, ZeRO as its configuration says
 
-On a CPU accelerate turns FSDP into DDP without a word, and takes torchrun's processes for separate runs.
+On a CPU accelerate turns FSDP into DDP without a word, and takes torchrun's processes for separate runs. What needs a
+GPU, accelerate's own FSDP2 and DeepSpeed, is not yet measured.
 
 Wrappers gather weights and reduce gradients in hooks of the model's own forward: call `model(...)`, never a part of it.
 All ranks must run equally many forwards, else those with more wait for ever: fill up with `batch.weightless_batch`.
